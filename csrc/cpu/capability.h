@@ -1,0 +1,39 @@
+// Which instruction set the CPU kernels use: the best the machine has, or less if PYGPT_CPU_CAPABILITY asks for less.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace pygpt {
+
+// bfloat16 as it lies in memory: one type for every variant of a kernel.
+struct bf16 {
+  uint16_t bits;
+};
+
+enum class Capability : int { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+
+// The level in use. Read once from the environment, then only changed by set_capability.
+Capability capability();
+// Lowers (or raises again) the level; throws std::invalid_argument for a name the machine lacks. For tests and benches.
+void set_capability(const std::string& name);
+std::string capability_name();
+// Every level this machine has, lowest first.
+std::vector<std::string> available_capabilities();
+
+}  // namespace pygpt
+
+// The variant of a kernel for the level in use. Kernels are compiled once per level, each in a namespace of its own:
+// see foreach_isa.h.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define PYGPT_X86_LEVELS 1
+#define PYGPT_DISPATCH(...)                                                             \
+  (::pygpt::capability() >= ::pygpt::Capability::avx512_bf16 ? avx512_bf16::__VA_ARGS__ \
+   : ::pygpt::capability() >= ::pygpt::Capability::avx512    ? avx512::__VA_ARGS__      \
+   : ::pygpt::capability() >= ::pygpt::Capability::avx2      ? avx2::__VA_ARGS__        \
+                                                             : baseline::__VA_ARGS__)
+#else
+#define PYGPT_X86_LEVELS 0
+#define PYGPT_DISPATCH(...) (baseline::__VA_ARGS__)
+#endif

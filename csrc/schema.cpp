@@ -1,0 +1,43 @@
+// Every operator's schema and nothing else: the table of contents of csrc.
+//
+// Forward and backward are operators of their own. Their fake (meta) functions and autograd formulas are Python, in
+// pygpt/ops/, because the LibTorch stable ABI has no C++ autograd. Statistics kept for backward are float32.
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(pygpt, m) {
+  // idx (B, T) int64; token_table (V, C); position_table (P, C): out[b, t] = token_table[idx[b, t]]
+  // + position_table[position_offset + t]
+  m.def("embedding_forward(Tensor idx, Tensor token_table, Tensor? position_table, SymInt position_offset) -> Tensor");
+  // Adds into token_grad (V, C) and position_grad (P, C), which may already hold gradients.
+  m.def(
+      "embedding_backward_(Tensor grad, Tensor idx, Tensor(a!) token_grad, Tensor(b!)? position_grad, "
+      "SymInt position_offset) -> ()");
+
+  // x (..., C); weight, bias (C,) -> y (..., C), mean (rows,), rstd (rows,)
+  m.def("layer_norm_forward(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)");
+  // -> grad_x, grad_weight, grad_bias (of size 0 unless has_bias)
+  m.def(
+      "layer_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool has_bias) "
+      "-> (Tensor, Tensor, Tensor)");
+
+  // y = layer_norm(x + residual) -> y, x + residual, mean, rstd
+  m.def(
+      "add_layer_norm_forward(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  // grad_sum is the gradient of the second output; sum is that output. -> grad_sum_in (of x and of residual alike),
+  // grad_weight, grad_bias
+  m.def(
+      "add_layer_norm_backward(Tensor grad, Tensor grad_sum, Tensor sum, Tensor weight, Tensor mean, Tensor rstd, "
+      "bool has_bias) -> (Tensor, Tensor, Tensor)");
+
+  // q (B, T, H, D); k, v (B, S, H, D), S >= T: query i sees keys 0 .. i + S - T -> out (B, T, H, D), lse (B, H, T)
+  // seed: int64 (1,), the key of the counter-based dropout generator; absent when dropout_p is 0
+  m.def(
+      "causal_attention_forward(Tensor q, Tensor k, Tensor v, float scale, float dropout_p, Tensor? seed) "
+      "-> (Tensor, Tensor)");
+  // -> grad_q, grad_k, grad_v
+  m.def(
+      "causal_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, "
+      "float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)");
+}

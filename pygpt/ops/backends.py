@@ -1,0 +1,212 @@
+"""Which kernel answers a call: the only place that decides, and the only place that knows why.
+
+A *backend* is a column of the grid: `eager` (the reference in plain PyTorch, always there), `cpp` (compiled CPU kernels,
+`pygpt._C`), `cuda` (compiled CUDA kernels, `pygpt._cuda`), `triton` (`pygpt.kernels`). By default each op takes the
+first backend of its device's order that has a kernel for the dtype, else `eager`. `use_backend` or the variable
+PYGPT_BACKEND force one: then a dtype or device it cannot serve is an error, never a silent fallback, and only ops that
+have no kernel in that column at all still run the reference.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from dataclasses import dataclass
+from types import ModuleType, TracebackType
+
+import torch
+
+from pygpt.errors import InputError
+
+BACKENDS = ("eager", "cpp", "cuda", "triton")
+DEVICE_ORDER = {"cpu": ("cpp", "eager"), "cuda": ("cuda", "triton", "eager")}
+
+
+@dataclass(frozen=True)
+class Column:
+    """What became of loading a backend: `problem` is empty when it is ready."""
+
+    name: str
+    device: str
+    problem: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of `report`: the backend in use for an op on a device, and why the preferred others are not."""
+
+    op: str
+    device: str
+    backend: str
+    dtypes: str
+    why_not: dict[str, str]
+
+
+def _load(module: str, missing: str) -> tuple[ModuleType | None, str]:
+    """Import a compiled module; the second value says why it is not there. A module that exists but breaks also warns."""
+    try:
+        return importlib.import_module(module), ""
+    except ModuleNotFoundError as error:
+        if error.name == module:
+            return None, missing
+        problem = f"failed to load: {error}"
+    except ImportError as error:
+        problem = f"failed to load: {error}"
+    warnings.warn(f"{module} {problem}; running without it", stacklevel=2)
+    return None, problem
+
+
+extension, _cpp_problem = _load("pygpt._C", "not built (no C++ compiler at install, or PYGPT_BUILD_EXT=off)")
+
+_columns: dict[str, Column] = {
+    "cpp": Column("cpp", "cpu", _cpp_problem),
+    "cuda": Column("cuda", "cuda", "not built"),
+    "triton": Column("triton", "cuda", "not built"),
+}
+_kernels: dict[str, dict[str, frozenset[torch.dtype]]] = {}  # op -> backend -> dtypes
+_forced: str | None = None
+_chosen: dict[tuple[str, str, torch.dtype, str | None], str] = {}
+
+
+def register(op: str, **dtypes: tuple[torch.dtype, ...]) -> None:
+    """Declare an op and the dtypes each of its kernels serves: `register("layer_norm", cpp=(torch.float32,))`."""
+    _kernels[op] = {backend: frozenset(served) for backend, served in dtypes.items()}
+    _chosen.clear()
+
+
+def ready(backend: str) -> bool:
+    """Whether a backend can run on this machine at all."""
+    return backend == "eager" or not _columns[backend].problem
+
+
+def choose(op: str, x: torch.Tensor) -> str:
+    """Name of the backend that answers `op` for tensors like `x`. Raises InputError where a forced one cannot."""
+    key = (op, x.device.type, x.dtype, _forced)
+    backend = _chosen.get(key)
+    if backend is None:
+        backend = _chosen[key] = _resolve(*key)
+    return backend
+
+
+def _resolve(op: str, device: str, dtype: torch.dtype, forced: str | None) -> str:
+    kernels = _kernels[op]
+    if forced is None:
+        for backend in DEVICE_ORDER.get(device, ()):
+            if dtype in kernels.get(backend, ()) and ready(backend):
+                return backend
+        return "eager"
+    if forced == "eager" or forced not in kernels:
+        return "eager"
+    column = _columns[forced]
+    if column.device != device and device != "meta":
+        raise InputError(
+            f"{op}: backend '{forced}' was asked for and runs on {column.device}, but the tensors are on {device}; "
+            f"move them, or drop use_backend / PYGPT_BACKEND"
+        )
+    if dtype not in kernels[forced]:
+        raise InputError(
+            f"{op}: backend '{forced}' was asked for and has no {_name(dtype)} kernel (it has {_names(kernels[forced])}); "
+            f"use one of these dtypes, or drop use_backend / PYGPT_BACKEND"
+        )
+    return forced
+
+
+class _Restore:
+    """What `use_backend` returns: the choice is already made; leaving a `with` block undoes it."""
+
+    def __init__(self, previous: str | None) -> None:
+        self._previous = previous
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _forced
+        _forced = self._previous
+
+
+def use_backend(name: str | None) -> _Restore:
+    """Force a backend for every op: "eager", "cpp", "cuda" or "triton"; None or "auto" goes back to the default choice.
+
+    Works as a function, `pygpt.use_backend("eager")`, and as a context manager. Raises InputError for an unknown name
+    and for a backend that is not available here, saying why.
+    """
+    global _forced
+    if name == "auto":
+        name = None
+    if name is not None and name not in BACKENDS:
+        raise InputError(f"unknown backend '{name}': choose one of auto, {', '.join(BACKENDS)}")
+    if name is not None and not ready(name):
+        raise InputError(f"backend '{name}' is not available: {_columns[name].problem}")
+    previous, _forced = _forced, name
+    return _Restore(previous)
+
+
+def forced() -> str | None:
+    """The backend that use_backend or PYGPT_BACKEND forces, if any."""
+    return _forced
+
+
+def devices() -> list[str]:
+    """Device types of this machine that an op can run on."""
+    found = ["cpu"]
+    if torch.cuda.is_available():
+        found.append("cuda")
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return found
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """The backend in use: {op: {device: backend}}, for float32 (see `report` for the dtypes and the reasons)."""
+    return {op: {device: _in_use(op, device) for device in devices()} for op in _kernels}
+
+
+def report() -> list[Row]:
+    """One Row per op and device that torch knows of here, with the reason why each other backend is not in use."""
+    rows = []
+    for op, kernels in _kernels.items():
+        for device in devices():
+            used = _in_use(op, device)
+            served = _names(kernels[used]) if used in kernels else "any"
+            others = [b for b in ("cpp", "cuda", "triton") if b != used]
+            rows.append(Row(op, device, used, served, {other: _why_not(op, device, other) for other in others}))
+    return rows
+
+
+def _in_use(op: str, device: str) -> str:
+    try:
+        return _resolve(op, device, torch.float32, _forced)
+    except InputError:
+        return f"error ({_forced} forced)"
+
+
+def _why_not(op: str, device: str, backend: str) -> str:
+    column = _columns[backend]
+    if backend not in _kernels[op]:
+        return "no kernel for this op"
+    if column.problem:
+        return column.problem
+    if column.device != device:
+        return f"runs on {column.device}"
+    return f"'{_forced}' was asked for" if _forced else "another backend is preferred"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _names(dtypes: frozenset[torch.dtype]) -> str:
+    return ", ".join(sorted(_name(dtype) for dtype in dtypes))
+
+
+def columns() -> list[Column]:
+    """The compiled and just-in-time backends and what became of loading each."""
+    return list(_columns.values())
+
+
+if os.environ.get("PYGPT_BACKEND"):
+    use_backend(os.environ["PYGPT_BACKEND"])

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pygpt.ops import backends
+
+LEVELS = backends.extension.available_cpu_capabilities() if backends.extension else ["not built"]
+
+
+@pytest.fixture(params=LEVELS)
+def capability(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once per CPU instruction set of this machine, with the compiled kernels forced."""
+    if backends.extension is None:
+        pytest.skip("pygpt._C is not built: there are no compiled CPU kernels to test")
+    before = backends.extension.cpu_capability()
+    backends.extension.set_cpu_capability(request.param)
+    with backends.use_backend("cpp"):
+        yield request.param
+    backends.extension.set_cpu_capability(before)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of texts that are used by some tests and are not part of the project."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("the text files that this test reads (tiny_shakespeare.txt, ...) are not on this machine")
+    return folder

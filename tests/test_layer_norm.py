@@ -1,0 +1,176 @@
+"""layer_norm and add_layer_norm against F.layer_norm in float64, under every instruction set of the machine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from common import assert_close, double, leaf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pygpt import ops
+from pygpt.ops import backends
+from pygpt.ops.layer_norm import add_layer_norm_reference, layer_norm_reference
+
+DTYPES = [torch.float32, torch.bfloat16]
+SHAPES = [(1, 1), (3, 1), (2, 5, 7), (4, 16), (5, 17), (2, 3, 64), (1, 768), (33, 768), (700, 40), (0, 8), (2, 0, 8)]
+needs_extension = pytest.mark.skipif(backends.extension is None, reason="pygpt._C is not built")
+
+
+def compare(x, residual, weight, bias, dtype):
+    """Forward and every gradient of both ops, against float64."""
+    inputs = [x, residual, weight, bias]
+    reference_inputs = [double(t) for t in inputs]
+    rx, rr, rw, rb = reference_inputs
+    total = (rx + rr).to(dtype).double().detach().requires_grad_()  # statistics are those of the rounded sum
+    cotangent = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9)).to(dtype)
+
+    y = ops.layer_norm(x, weight, bias)
+    y.backward(cotangent)
+    ry = F.layer_norm(rx, rw.shape, rw, rb)
+    ry.backward(cotangent.double())
+    assert y.dtype == dtype
+    assert_close(y, ry, dtype, "y")
+    for name, t, r in zip(["x", "weight", "bias"], [x, weight, bias], [rx, rw, rb], strict=True):
+        if t is not None:
+            assert_close(t.grad, r.grad, dtype, f"grad {name}")
+            t.grad = r.grad = None
+
+    y, s = ops.add_layer_norm(x, residual, weight, bias)
+    torch.autograd.backward([y, s], [cotangent, cotangent])
+    ry = F.layer_norm(total, rw.shape, rw, rb)
+    torch.autograd.backward([ry, total * 1.0], [cotangent.double(), cotangent.double()])
+    assert_close(y, ry, dtype, "add: y")
+    assert_close(s, rx + rr, dtype, "add: sum")
+    assert torch.equal(x.grad, residual.grad)
+    assert_close(x.grad, total.grad, dtype, "add: grad x")
+    assert_close(weight.grad, rw.grad, dtype, "add: grad weight")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_matches_float64(capability, shape, dtype, with_bias):
+    C = shape[-1]
+    x, residual = leaf(*shape, dtype=dtype), leaf(*shape, dtype=dtype, seed=1)
+    weight, bias = leaf(C, dtype=dtype, seed=2), leaf(C, dtype=dtype, seed=3) if with_bias else None
+    compare(x, residual, weight, bias, dtype)
+
+
+@needs_extension
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 70),
+    C=st.integers(1, 130),
+    dtype=st.sampled_from(DTYPES),
+    weight_dtype=st.sampled_from(["same", "float32"]),
+    step=st.integers(1, 3),
+    scale=st.sampled_from([1e-3, 1.0, 100.0]),
+    level=st.sampled_from(backends.extension.available_cpu_capabilities() if backends.extension else [""]),
+)
+def test_odd_shapes_and_strides(rows, C, dtype, weight_dtype, step, scale, level):
+    x = leaf(rows, C * step, dtype=dtype, scale=scale)[:, ::step]
+    weight = leaf(C, dtype=dtype if weight_dtype == "same" else torch.float32, seed=2)
+    before = backends.extension.cpu_capability()
+    backends.extension.set_cpu_capability(level)
+    try:
+        with backends.use_backend("cpp"):
+            assert_close(
+                ops.layer_norm(x, weight), F.layer_norm(x.double(), (C,), weight.double()), dtype, f"{level} y"
+            )
+    finally:
+        backends.extension.set_cpu_capability(before)
+
+
+def test_large_mean_keeps_its_variance(capability):
+    # E[x^2] - E[x]^2 would lose every digit here; the centred sum of squares must not.
+    x = torch.randn(4, 256) + 3000.0
+    weight = torch.ones(256)
+    assert_close(ops.layer_norm(x, weight), F.layer_norm(x.double(), (256,)), torch.bfloat16)
+    constant = ops.layer_norm(torch.full((2, 64), 1e4), torch.ones(64))
+    assert torch.isfinite(constant).all()
+
+
+def test_same_bits_for_any_number_of_threads(capability):
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        x, weight, bias = leaf(301, 96), leaf(96, seed=1), leaf(96, seed=2)
+        ops.layer_norm(x, weight, bias).square().sum().backward()
+        results.append(torch.cat([x.grad.flatten(), weight.grad, bias.grad]))
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@needs_extension
+def test_opcheck():
+    x, residual = leaf(6, 20), leaf(6, 20, seed=1)
+    for bias in (leaf(20, seed=3), None):
+        weight = leaf(20, seed=2)
+        torch.library.opcheck(torch.ops.pygpt.layer_norm_forward.default, (x, weight, bias, 1e-5))
+        torch.library.opcheck(torch.ops.pygpt.add_layer_norm_forward.default, (x, residual, weight, bias, 1e-5))
+        _, mean, rstd = torch.ops.pygpt.layer_norm_forward.default(x.detach(), weight.detach(), None, 1e-5)
+        saved = (weight.detach(), mean, rstd, bias is not None)
+        torch.library.opcheck(torch.ops.pygpt.layer_norm_backward.default, (x.detach(), x.detach(), *saved))
+        torch.library.opcheck(
+            torch.ops.pygpt.add_layer_norm_backward.default, (x.detach(), x.detach(), x.detach(), *saved)
+        )
+
+
+def test_gradcheck_of_the_reference():
+    x, residual, weight, bias = (leaf(*s, dtype=torch.float64, seed=i) for i, s in enumerate([(3, 5), (3, 5), (5,), (5,)]))
+    assert torch.autograd.gradcheck(layer_norm_reference, (x, weight, bias))
+    assert torch.autograd.gradcheck(add_layer_norm_reference, (x, residual, weight, bias))
+
+
+def test_only_one_output_used(capability):
+    # Autograd then passes zeros for the other output's gradient.
+    x, residual, weight = leaf(4, 8), leaf(4, 8, seed=1), leaf(8, seed=2)
+    ops.add_layer_norm(x, residual, weight)[1].sum().backward()
+    assert torch.equal(x.grad, torch.ones(4, 8))
+    assert torch.equal(weight.grad, torch.zeros(8))
+
+
+@needs_extension
+def test_compiles_without_graph_breaks():
+    def step(x, residual, weight, bias):
+        y, s = ops.add_layer_norm(x, residual, weight, bias)
+        return ops.layer_norm(y, weight, bias) + s
+
+    args = [leaf(4, 32), leaf(4, 32, seed=1), leaf(32, seed=2), leaf(32, seed=3)]
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(*args), step(*args))
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpp"])
+def test_bad_input(backend):
+    if backend == "cpp" and backends.extension is None:
+        pytest.skip("pygpt._C is not built")
+    x, weight = torch.randn(2, 8), torch.ones(8)
+    with backends.use_backend(backend):
+        with pytest.raises(ValueError, match=r"weight must be \(C,\)"):
+            ops.layer_norm(x, torch.ones(7))
+        with pytest.raises(ValueError, match="bias"):
+            ops.layer_norm(x, weight, torch.ones(9))
+        with pytest.raises(TypeError, match="floating-point"):
+            ops.layer_norm(x.long(), weight)
+        with pytest.raises(TypeError, match="weight is torch.float64"):
+            ops.layer_norm(x, weight.double())
+        with pytest.raises(ValueError, match="on meta"):
+            ops.layer_norm(x, weight.to("meta"))
+        with pytest.raises(ValueError, match="same shape"):
+            ops.add_layer_norm(x, torch.randn(3, 8), weight)
+        with pytest.raises(ValueError, match="empty last dimension"):
+            ops.layer_norm(torch.ones(2, 0), torch.ones(0))
+
+
+def test_forced_backend_does_not_fall_back():
+    if backends.extension is None:
+        pytest.skip("pygpt._C is not built")
+    x, weight = torch.randn(2, 8).half(), torch.ones(8).half()
+    with backends.use_backend("cpp"), pytest.raises(ValueError, match="no float16 kernel"):
+        ops.layer_norm(x, weight)
+    assert_close(ops.layer_norm(x, weight), F.layer_norm(x.double(), (8,)))  # auto: the reference serves it
