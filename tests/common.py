@@ -8,17 +8,19 @@ import torch
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
-def assert_close(actual: torch.Tensor, reference: torch.Tensor, dtype: torch.dtype | None = None, what: str = "") -> None:
+def assert_close(
+    actual: torch.Tensor, reference: torch.Tensor, dtype: torch.dtype | None = None, what: str = "", floor: float = 1e-3
+) -> None:
     """Elementwise |actual - reference| <= tolerance * (|reference| + max |reference|); NaN and wrong shapes fail.
 
-    The maximum counts as at least 1e-3, for results that are exactly zero in real arithmetic.
+    The maximum counts as at least `floor`, for results that are zero in real arithmetic.
     """
     assert actual.shape == reference.shape, f"{what}: shape {tuple(actual.shape)} != {tuple(reference.shape)}"
     if actual.numel() == 0:
         return
     reference = reference.detach().double()
     error = (actual.detach().double() - reference).abs()
-    largest = reference.abs().max().clamp(min=1e-3)
+    largest = reference.abs().max().clamp(min=floor)
     allowed = TOLERANCE[dtype or actual.dtype] * (reference.abs() + largest)
     assert (error <= allowed).all(), f"{what}: error {error.max().item():.3g} against values up to {largest.item():.3g}"
 

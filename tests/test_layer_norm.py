@@ -20,6 +20,7 @@ needs_extension = pytest.mark.skipif(backends.extension is None, reason="pygpt._
 
 def compare(x, residual, weight, bias, dtype):
     """Forward and every gradient of both ops, against float64."""
+    floor = 3.0 if x.shape[-1] == 1 else 1e-3  # one column: gradients are exactly 0, roundings times 1 / sqrt(eps)
     inputs = [x, residual, weight, bias]
     reference_inputs = [double(t) for t in inputs]
     rx, rr, rw, rb = reference_inputs
@@ -34,7 +35,7 @@ def compare(x, residual, weight, bias, dtype):
     assert_close(y, ry, dtype, "y")
     for name, t, r in zip(["x", "weight", "bias"], [x, weight, bias], [rx, rw, rb], strict=True):
         if t is not None:
-            assert_close(t.grad, r.grad, dtype, f"grad {name}")
+            assert_close(t.grad, r.grad, dtype, f"grad {name}", floor)
             t.grad = r.grad = None
 
     y, s = ops.add_layer_norm(x, residual, weight, bias)
@@ -44,7 +45,7 @@ def compare(x, residual, weight, bias, dtype):
     assert_close(y, ry, dtype, "add: y")
     assert_close(s, rx + rr, dtype, "add: sum")
     assert torch.equal(x.grad, residual.grad)
-    assert_close(x.grad, total.grad, dtype, "add: grad x")
+    assert_close(x.grad, total.grad, dtype, "add: grad x", floor)
     assert_close(weight.grad, rw.grad, dtype, "add: grad weight")
 
 
