@@ -1,1 +1,10 @@
+"""pygpt: pretrain and finetune GPT-2-class models fast, on whatever there is. See README.md."""
+
 __version__ = "0.1.0"
+
+from pygpt import ops
+from pygpt.model import GPT, GPTConfig
+from pygpt.ops.backends import backends, use_backend
+from pygpt.tokenizer import get_tokenizer
+
+__all__ = ["GPT", "GPTConfig", "__version__", "backends", "get_tokenizer", "ops", "use_backend"]

@@ -1,0 +1,107 @@
+"""The modules of a GPT, built on pygpt.ops. Parameter names are GPT-2's.
+
+Shapes: B sequences, T tokens, C hidden size, H heads, D = C // H, S tokens seen so far (S = T without a cache).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pygpt import ops
+from pygpt.errors import InputError
+
+if TYPE_CHECKING:
+    from pygpt.model import GPTConfig
+
+
+class Embedding(nn.Embedding):
+    """A token table (V, C). With a position table, gathers and adds both in one pass."""
+
+    def forward(self, idx: Tensor, positions: nn.Embedding | None = None, position_offset: int = 0) -> Tensor:
+        """idx (B, T) int64 -> (B, T, C)."""
+        return ops.embedding(idx, self.weight, None if positions is None else positions.weight, position_offset)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the last dimension, with the residual addition before it fused in."""
+
+    def __init__(self, size: int, bias: bool = True, eps: float = 1e-5) -> None:
+        super().__init__(size, eps=eps, bias=bias)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """x (..., C) -> layer_norm(x + residual) and the sum x + residual, which is the new residual stream."""
+        if residual is None:
+            return ops.layer_norm(x, self.weight, self.bias, self.eps), x
+        return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, for generation: allocated once, filled as tokens arrive."""
+
+    def __init__(self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (config.n_layer, batch_size, config.block_size, config.n_head, config.n_embd // config.n_head)
+        self.k = torch.empty(shape, device=device, dtype=dtype)
+        self.v = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0  # tokens seen; the model adds to it after its last block
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, T, H, D) of the new tokens; return those of all tokens, (B, S, H, D)."""
+        end = self.length + k.shape[1]
+        if end > self.k.shape[2]:
+            raise InputError(f"the KV cache holds {self.k.shape[2]} tokens (block_size); {end} do not fit")
+        self.k[layer, :, self.length : end] = k
+        self.v[layer, :, self.length : end] = v
+        return self.k[layer, :, :end], self.v[layer, :, :end]
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head causal attention (Vaswani et al., 2017). q, k and v are views of one projection, never copied."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # (B, T, H, D) each
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, S, H, D)
+        y = ops.causal_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)  # (B, T, H, D)
+        return F.dropout(self.c_proj(y.reshape(B, T, C)), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """Two linear layers with GPT-2's GELU (the tanh approximation) between them."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """One transformer block, pre-norm. Each residual addition is done by the LayerNorm that follows it, fused."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, residual: Tensor | None, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
+        """x: output of the layer before, not yet added to `residual` (None at the start) -> the same pair, one block on."""
+        x, residual = self.ln_1(x, residual)
+        x = self.attn(x, cache)
+        x, residual = self.ln_2(x, residual)
+        return self.mlp(x), residual

@@ -1,0 +1,108 @@
+"""The model's head and its loss in one op: cross-entropy of hidden @ weight.T, with the logits never whole in memory.
+
+Tokens go through in chunks. A chunk's logits are turned into its loss and, where gradients are wanted, at once into the
+gradients of hidden and weight, so that nothing of size tokens x vocabulary outlives its chunk and backward has no second
+product with the vocabulary to do. The idea of computing the gradient in the forward pass is Liger-Kernel's (Hsu et al.,
+2024). The products go through the library's GEMM.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pygpt.errors import InputError, InputTypeError
+from pygpt.ops import backends
+from pygpt.ops.checks import check_device
+
+backends.register("linear_cross_entropy")  # no compiled kernel: the chunks below are the implementation on every device
+
+CHUNK_BYTES = 64 << 20  # float32 logits held at a time
+
+
+def linear_cross_entropy_reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100
+) -> Tensor:
+    """Plain PyTorch with the whole logits, in float32 for half-precision inputs."""
+    logits = F.linear(hidden, weight)
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
+    return F.cross_entropy(logits, targets, ignore_index=ignore_index)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
+    """Mean cross-entropy of the logits hidden @ weight.T against targets.
+
+    hidden: (N, C) and weight: (V, C), floating point, one dtype. targets: (N,) int64, each in [0, V) or `ignore_index`.
+    Returns a float32 scalar (float64 for float64): the mean over targets that are not ignored, NaN when all are. Once
+    differentiable. Raises InputError for shapes, devices and targets out of range, InputTypeError for dtypes.
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    _check(hidden, weight, targets, ignore_index)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index)
+
+
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> None:
+    op = "linear_cross_entropy"
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise InputError(f"{op}: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be (N, C) and (V, C)")
+    if targets.shape != hidden.shape[:1]:
+        raise InputError(f"{op}: targets {tuple(targets.shape)} must be (N,) for hidden {tuple(hidden.shape)}")
+    if not hidden.dtype.is_floating_point or weight.dtype != hidden.dtype:
+        raise InputTypeError(f"{op}: hidden ({hidden.dtype}) and weight ({weight.dtype}) must share a floating-point dtype")
+    if targets.dtype != torch.int64:
+        raise InputTypeError(f"{op}: targets are {targets.dtype}; they must be int64")
+    check_device(op, hidden, weight=weight, targets=targets)
+    if targets.device.type == "cpu" and targets.numel() and not torch.compiler.is_compiling():
+        # On a GPU the check would stop the stream; there the gather below asserts.
+        wrong = ((targets < 0) & (targets != ignore_index)) | (targets >= weight.shape[0])
+        if wrong.any():
+            at = int(wrong.nonzero()[0])
+            raise InputError(
+                f"{op}: target {int(targets[at])} at position {at} is outside the vocabulary [0, {weight.shape[0]}) "
+                f"and is not ignore_index ({ignore_index})"
+            )
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            need_hidden, need_weight = ctx.needs_input_grad[:2]
+            valid = targets != ignore_index
+            count = valid.sum()
+            safe = targets.where(valid, 0).unsqueeze(1)  # an ignored row takes part with weight 0
+            row_weight = (valid / count.clamp(min=1)).to(hidden.dtype).unsqueeze(1)
+            grad_hidden = torch.empty_like(hidden) if need_hidden else None
+            grad_weight = torch.zeros_like(weight) if need_weight else None
+            total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+            rows = max(16, CHUNK_BYTES // (4 * max(weight.shape[0], 1)))
+            for start in range(0, hidden.shape[0], rows):
+                part = slice(start, start + rows)
+                logits = hidden[part] @ weight.t()  # (rows, V)
+                log_p = torch.log_softmax(logits, dim=1, dtype=total.dtype)
+                total -= (log_p.gather(1, safe[part]).squeeze(1) * valid[part]).sum()
+                if not (need_hidden or need_weight):
+                    continue
+                # d loss / d logits = softmax - one_hot, each row times row_weight: that factor is applied on the (rows, C) side.
+                grad_logits = log_p.exp_().scatter_add_(1, safe[part], log_p.new_full((), -1).expand_as(safe[part]))
+                grad_logits = grad_logits.to(hidden.dtype)
+                if grad_hidden is not None:
+                    torch.mul(grad_logits @ weight, row_weight[part], out=grad_hidden[part])
+                if grad_weight is not None:
+                    grad_weight.addmm_(grad_logits.t(), hidden[part] * row_weight[part])
+            ctx.save_for_backward(grad_hidden, grad_weight)
+            return total / count
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        # The usual upstream gradient is exactly 1; looking is free on a CPU and would stop the stream on a GPU.
+        if grad.device.type == "cpu" and grad.item() == 1.0:
+            return *ctx.saved_tensors, None, None
+        return *(None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors), None, None

@@ -1,0 +1,143 @@
+"""Models on disk, in Hugging Face's GPT-2 layout: config.json + model.safetensors, readable by `transformers`.
+
+On disk the four linear layers of a block are stored transposed, as GPT-2's Conv1D has them. A model without biases is
+stored with zero biases, so that `transformers`, which always has them, computes the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pygpt.errors import InputError, MissingFileError
+
+if TYPE_CHECKING:
+    from pygpt.model import GPT, GPTConfig
+
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+def save(model: GPT, path: str | Path) -> None:
+    """Write config.json and model.safetensors into the folder `path`, each to a temporary name and then renamed."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    if not model.config.bias:
+        for name in list(state):
+            if name.endswith(".weight") and ".wte." not in name and ".wpe." not in name:
+                state[name.removesuffix("weight") + "bias"] = state[name].new_zeros(state[name].shape[0])
+    state = {name: (t.t() if name.endswith(TRANSPOSED) else t).contiguous() for name, t in state.items()}
+    save_file(state, folder / "model.safetensors.tmp", metadata={"format": "pt"})
+    os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
+    text = json.dumps(to_hugging_face(model.config, str(model.lm_head.weight.dtype).removeprefix("torch.")), indent=2)
+    (folder / "config.json.tmp").write_text(text + "\n", encoding="utf-8")
+    os.replace(folder / "config.json.tmp", folder / "config.json")
+
+
+def load(path: str | Path) -> GPT:
+    """Build the model that the folder `path` describes and load its weights. No code runs from the files."""
+    from pygpt.model import GPT
+
+    folder = Path(path)
+    if not folder.is_dir():
+        raise MissingFileError(
+            f"no model folder at '{path}': it must hold config.json and model.safetensors (a checkpoint of pygpt, or a "
+            f"GPT-2 model downloaded from Hugging Face)"
+        )
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = GPT(config)
+    state = {_our_name(name): tensor for name, tensor in _read_weights(folder).items()}
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    missing = [name for name in expected if name not in state]
+    if missing:
+        raise InputError(f"'{folder}': the weights lack {len(missing)} tensors, the first is {missing[0]}; not a GPT-2 model?")
+    weights: dict[str, Tensor] = {}
+    for name, wanted in expected.items():
+        tensor = state[name].t() if name.endswith(TRANSPOSED) else state[name]
+        if tensor.shape != wanted.shape:
+            raise InputError(f"'{folder}': {name} is {tuple(tensor.shape)}, config.json implies {tuple(wanted.shape)}")
+        weights[name] = tensor.contiguous()
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    model.load_state_dict(weights, assign=True)
+    model.lm_head.weight = model.transformer.wte.weight
+    return model
+
+
+def to_hugging_face(config: GPTConfig, dtype: str) -> dict[str, Any]:
+    """config.json as `transformers` writes it for GPT-2, and pygpt's `bias` flag."""
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_ctx": config.block_size,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "n_inner": None,
+        "layer_norm_epsilon": 1e-5,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+        "resid_pdrop": config.dropout,
+        "tie_word_embeddings": True,
+        "bos_token_id": 50256 if config.vocab_size > 50256 else None,
+        "eos_token_id": 50256 if config.vocab_size > 50256 else None,
+        "dtype": dtype,
+        "pygpt_bias": config.bias,
+    }
+
+
+def read_config(folder: Path) -> GPTConfig:
+    """The GPTConfig of a model folder. Raises for a missing or broken file and for models that are not GPT-2."""
+    from pygpt.model import GPTConfig
+
+    file = folder / "config.json"
+    if not file.is_file():
+        raise MissingFileError(f"'{folder}' has no config.json: not a model folder")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        if raw.get("model_type") != "gpt2" or raw.get("activation_function", "gelu_new") != "gelu_new":
+            raise InputError(
+                f"'{file}': model_type '{raw.get('model_type')}' with activation '{raw.get('activation_function')}' "
+                f"is not supported; only GPT-2 models are"
+            )
+        return GPTConfig(
+            block_size=raw["n_positions"],
+            vocab_size=raw["vocab_size"],
+            n_layer=raw["n_layer"],
+            n_head=raw["n_head"],
+            n_embd=raw["n_embd"],
+            dropout=raw.get("resid_pdrop", 0.0),
+            bias=raw.get("pygpt_bias", True),
+        )
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise InputError(f"'{file}' is not valid JSON ({error}); the file may be truncated") from error
+    except KeyError as error:
+        raise InputError(f"'{file}' lacks {error}; it is not a GPT-2 config.json") from error
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    file = folder / "model.safetensors"
+    if file.is_file():
+        try:
+            return load_file(file)
+        except SafetensorError as error:
+            raise InputError(f"'{file}' cannot be read ({error}); the file is truncated or damaged") from error
+    pickled = folder / "pytorch_model.bin"
+    if pickled.is_file():
+        return torch.load(pickled, map_location="cpu", weights_only=True)
+    raise MissingFileError(f"'{folder}' has no model.safetensors: the model's weights are missing")
+
+
+def _our_name(name: str) -> str:
+    """Hugging Face also stores the bare GPT2Model, whose names have no `transformer.` in front."""
+    return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
