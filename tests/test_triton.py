@@ -1,0 +1,87 @@
+"""The Triton kernels against float64, straight through their host functions.
+
+Without a CUDA device they run in Triton's interpreter (see conftest.py): the same program, block by block, in NumPy.
+With one they run on it. tests/test_gpu.py adds what only a GPU can show.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from common import assert_close
+
+triton = pytest.importorskip("triton", reason="triton is not installed: the Triton kernels are not tested")
+
+from pygpt.kernels import layer_norm as kln  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+if DEVICE == "cpu":
+    import triton_interpreter  # noqa: F401 - bfloat16 as on a GPU
+
+
+def draw(*shape: int, dtype: torch.dtype = F32, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * scale).to(DEVICE, dtype)
+
+
+def reference(*tensors: torch.Tensor | None) -> list[torch.Tensor]:
+    return [None if t is None else t.detach().double().requires_grad_() for t in tensors]
+
+
+LAYER_NORM_CASES = [
+    ((1, 1), F32), ((3, 1), BF16), ((2, 5, 7), F32), ((4, 16), F16), ((37, 17), BF16), ((150, 64), BF16),
+    ((2, 0, 8), F32), ((33, 768), F32), ((70, 768), BF16), ((9, 1600), BF16), ((5, 4097), F32),
+    ((19, 8200), F32), ((6, 12288), BF16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "dtype"), LAYER_NORM_CASES, ids=str)
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
+def test_layer_norm(shape, dtype, with_bias):
+    C = shape[-1]
+    x, weight, grad = draw(*shape, dtype=dtype), draw(C, dtype=dtype, seed=1), draw(*shape, dtype=dtype, seed=2)
+    bias = draw(C, dtype=dtype, seed=3) if with_bias else None
+    y, mean, rstd = kln.layer_norm_forward(x, weight, bias, 1e-5)
+    grads = kln.layer_norm_backward(grad, x, weight, mean, rstd, with_bias)
+    rx, rw, rb = reference(x, weight, bias)
+    ry = F.layer_norm(rx, (C,), rw, rb)
+    ry.backward(grad.double())
+    floor = 3.0 if C == 1 else 1e-3  # one column: gradients are exactly 0, roundings times 1 / sqrt(eps)
+    assert_close(y, ry, dtype, "y")
+    assert_close(mean, rx.mean(-1).flatten(), F32, "mean")
+    for name, actual, expected in zip(["x", "weight"], grads, [rx.grad, rw.grad], strict=False):
+        assert_close(actual, expected, dtype, f"grad {name}", floor)
+    if with_bias:
+        assert_close(grads[2], rb.grad, dtype, "grad bias", floor)
+    else:
+        assert grads[2].numel() == 0
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((7, 33), F32), ((40, 768), BF16), ((10, 8200), BF16)], ids=str)
+def test_add_layer_norm(shape, dtype):
+    C = shape[-1]
+    x, residual, grad, grad_sum = (draw(*shape, dtype=dtype, seed=i) for i in range(4))
+    weight, bias = draw(C, seed=4), draw(C, seed=5)  # float32 weights, whatever x is
+    y, total, mean, rstd = kln.add_layer_norm_forward(x, residual, weight, bias, 1e-5)
+    grads = kln.add_layer_norm_backward(grad, grad_sum, total, weight, mean, rstd, True)
+    rt, rw, rb = reference(x + residual, weight, bias)
+    ry = F.layer_norm(rt, (C,), rw, rb)
+    torch.autograd.backward([ry, rt * 1.0], [grad.double(), grad_sum.double()])
+    assert torch.equal(total, x + residual)
+    assert_close(y, ry, dtype, "y")
+    for name, actual, expected in zip(["x", "weight", "bias"], grads, [rt.grad, rw.grad, rb.grad], strict=True):
+        assert_close(actual, expected, dtype, f"grad {name}")
+    assert grads[1].dtype == F32
+
+
+def test_layer_norm_of_strided_and_shifted_rows():
+    x, weight = draw(24, 40)[:, ::2] + 3000.0, draw(20, seed=1)  # E[x^2] - E[x]^2 would lose every digit
+    y, mean, rstd = kln.layer_norm_forward(x, weight, None, 1e-5)
+    assert_close(y, F.layer_norm(x.double(), (20,), weight.double()), BF16)
+    grad = draw(20, 24, seed=2).t()
+    rx, rw = reference(x, weight)
+    F.layer_norm(rx, (20,), rw).backward(grad.double())
+    assert_close(kln.layer_norm_backward(grad, x, weight, mean, rstd, False)[0], rx.grad, BF16)
