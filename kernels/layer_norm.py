@@ -1,10 +1,10 @@
 """layer_norm and add_layer_norm in Triton: schemas and semantics are those of csrc/schema.cpp.
 
 Forward holds a row in registers: one read, one write. Backward holds one too, and keeps each program's share of the
-weight gradients in float32 registers over all of its rows, so that they cost no second pass over x; a small kernel then
-adds the programs' shares in a fixed order (the scheme of Apex and llm.c). Rows too wide for that go by column blocks, a
-few rows at a time, so that the second look at them comes from the cache. The number of programs depends on the shape
-and the device alone: same inputs, same bits.
+weight gradients in float32 registers over all of its rows, so that they cost no second pass over x; a small kernel
+then adds the programs' shares in a fixed order (the scheme of Apex and llm.c). Rows too wide for that go by column
+blocks, a few rows at a time, so that the second look at them comes from the cache. The number of programs depends on
+the shape and the device alone: same inputs, same bits.
 """
 
 from __future__ import annotations

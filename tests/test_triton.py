@@ -13,6 +13,7 @@ from common import assert_close
 
 triton = pytest.importorskip("triton", reason="triton is not installed: the Triton kernels are not tested")
 
+from pygpt.kernels import embedding as kemb  # noqa: E402
 from pygpt.kernels import layer_norm as kln  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -85,3 +86,63 @@ def test_layer_norm_of_strided_and_shifted_rows():
     rx, rw = reference(x, weight)
     F.layer_norm(rx, (20,), rw).backward(grad.double())
     assert_close(kln.layer_norm_backward(grad, x, weight, mean, rstd, False)[0], rx.grad, BF16)
+
+
+def embedding_case(ids, V, C, dtype, grad_dtype=None, offset=3):
+    """Forward and backward into gradients that already hold something."""
+    idx = torch.as_tensor(ids, device=DEVICE)
+    B, T = idx.shape
+    tokens, positions = draw(V, C, dtype=dtype), draw(T + offset + 2, C, dtype=dtype, seed=1)
+    out = kemb.embedding_forward(idx, tokens, positions, offset)
+    rt, rp = reference(tokens, positions)
+    expected = F.embedding(idx, rt) + rp[offset : offset + T]
+    assert_close(out, expected, dtype, "out")
+    assert torch.equal(kemb.embedding_forward(idx, tokens, None, 0), F.embedding(idx, tokens))
+    grad = draw(B, T, C, dtype=dtype, seed=2)
+    before, position_before = draw(V, C, dtype=grad_dtype or dtype, seed=3), draw(T + offset + 2, C, dtype=F32, seed=4)
+    token_grad, position_grad = before.clone(), position_before.clone()
+    kemb.embedding_backward_(grad, idx, token_grad, position_grad, offset)
+    expected.backward(grad.double())
+    assert_close(token_grad, rt.grad + before.double(), grad_dtype or dtype, "token grad")
+    assert_close(position_grad, rp.grad + position_before.double(), F32, "position grad")
+    again = before.clone()
+    kemb.embedding_backward_(grad, idx, again, None, 0)
+    assert torch.equal(again, token_grad)
+
+
+EMBEDDING_CASES = [
+    ("one token", 1, 1, 5, 3, F32), ("odd", 3, 7, 11, 17, F32), ("few ids, long runs", 3, 37, 4, 8, F32),
+    ("bf16", 2, 40, 50, 33, BF16), ("f16", 2, 24, 6, 16, F16), ("wide", 1, 18, 9, 140, F32), ("empty", 0, 4, 9, 8, F32),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "V", "C", "dtype"), [c[1:] for c in EMBEDDING_CASES], ids=[c[0] for c in EMBEDDING_CASES]
+)
+def test_embedding(B, T, V, C, dtype):
+    embedding_case(torch.randint(V, (B, T), generator=torch.Generator().manual_seed(B)), V, C, dtype)
+
+
+@pytest.mark.parametrize("run", [15, 16, 17, 31, 32, 33, 47, 100])
+def test_embedding_of_a_hot_token_at_every_place_of_a_piece(run):
+    # Sorted, id 5 takes up `run` positions from position 9 on; then single tokens, the last table row among them.
+    ids = [[0] * 4 + [1] * 3 + [3, 4] + [5] * run + list(range(6, 40))]
+    embedding_case(ids, 40, 8, F32)
+
+
+def test_embedding_adds_bf16_gradients_into_a_float32_table():
+    embedding_case([[2, 2, 2, 0, 7, 7, 2, 1]], 9, 24, BF16, grad_dtype=F32)
+
+
+def test_embedding_of_one_hot_token_alone():
+    embedding_case([[3] * 300], 5, 4, F32)
+
+
+def test_embedding_leaves_out_ids_outside_the_vocabulary():
+    idx = torch.tensor([[0, -1, 2, 4, 2**40, 2]], device=DEVICE)
+    out = kemb.embedding_forward(idx, draw(4, 6), None, 0)
+    assert out.isnan().all(dim=2).tolist() == [[False, True, False, True, True, False]]
+    grad, token_grad = torch.ones(1, 6, 6, device=DEVICE), torch.zeros(4, 6, device=DEVICE)
+    grad[0, 1] = float("inf")
+    kemb.embedding_backward_(grad, idx, token_grad, None, 0)
+    assert token_grad[:, 0].tolist() == [1, 0, 2, 0]

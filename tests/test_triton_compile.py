@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="triton is not installed: the Triton kernel
 SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}  # bytes a block may use
 
 
-@pytest.fixture(scope="module", params=["layer_norm"])
+@pytest.fixture(scope="module", params=["layer_norm", "embedding"])
 def cubins(request: pytest.FixtureRequest) -> list[dict]:
     program = Path(__file__).with_name("triton_cubins.py")
     environment = {**os.environ, "TRITON_INTERPRET": "0"}

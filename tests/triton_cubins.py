@@ -1,8 +1,8 @@
 """Compiles what the Triton kernels' host functions would launch, with no GPU, and reads the machine code.
 
-A program for a process of its own, `python tests/triton_cubins.py layer_norm 80 90`, which prints JSON: it puts a stand-in driver under Triton that names a target and never launches, calls
-the host functions with meta tensors, and collects one Cubin for every kernel variant that they ask for. CASES is what the
-test suite compiles.
+A program for a process of its own: `python tests/triton_cubins.py layer_norm 80 90` prints JSON. It puts a stand-in
+driver under Triton that names a target and never launches, calls the host functions with meta tensors, and collects
+one Cubin for every kernel variant that they ask for. CASES is what the test suite compiles.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from pygpt.kernels import device, layer_norm
+from pygpt.kernels import device, embedding, layer_norm
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -119,7 +119,22 @@ def layer_norm_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "8192 f32", functools.partial(run, 8192, torch.float32, True)
 
 
-CASES = {"layer_norm": layer_norm_cases}
+def embedding_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    def run(C: int, dtype: torch.dtype) -> None:
+        idx, tokens, positions = (
+            meta(4, 1024, dtype=torch.int64),
+            meta(50257, C, dtype=dtype),
+            meta(1024, C, dtype=dtype),
+        )
+        x = embedding.embedding_forward(idx, tokens, positions, 0)
+        embedding.embedding_backward_(x, idx, tokens, positions, 0)
+
+    for C in (8, 64, 768, 12288):
+        yield f"{C} bf16", functools.partial(run, C, torch.bfloat16)
+    yield "768 f32", functools.partial(run, 768, torch.float32)
+
+
+CASES = {"layer_norm": layer_norm_cases, "embedding": embedding_cases}
 
 
 if __name__ == "__main__":
