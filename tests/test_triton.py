@@ -6,6 +6,7 @@ With one they run on it. tests/test_gpu.py adds what only a GPU can show.
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from common import assert_close
 
 triton = pytest.importorskip("triton", reason="triton is not installed: the Triton kernels are not tested")
 
+from pygpt.kernels import attention as katt  # noqa: E402
 from pygpt.kernels import embedding as kemb  # noqa: E402
 from pygpt.kernels import layer_norm as kln  # noqa: E402
 
@@ -146,3 +148,128 @@ def test_embedding_leaves_out_ids_outside_the_vocabulary():
     grad[0, 1] = float("inf")
     kemb.embedding_backward_(grad, idx, token_grad, None, 0)
     assert token_grad[:, 0].tolist() == [1, 0, 2, 0]
+
+
+def philox4x32(counter, key):
+    """Philox4x32-10 on uint32 arrays: counter (4, ...), key (2,) -> words (4, ...)."""
+    c = [np.asarray(x, np.uint64) for x in counter]
+    k0, k1 = int(key[0]), int(key[1])
+    for _ in range(10):
+        low, high = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(high >> 32) ^ c[1] ^ k0, high & 0xFFFFFFFF, (low >> 32) ^ c[3] ^ k1, low & 0xFFFFFFFF]
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return np.stack(np.broadcast_arrays(*c))
+
+
+def test_philox_of_the_tests_is_the_published_generator():
+    ones = 0xFFFFFFFF  # known answers that Random123 (Salmon et al., 2011) is distributed with
+    assert [hex(w) for w in philox4x32([0] * 4, [0, 0])] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
+    assert [hex(w) for w in philox4x32([ones] * 4, [ones] * 2)] == [
+        "0x408f276d",
+        "0x41c83b0e",
+        "0xa20bc7c6",
+        "0x6d5451fd",
+    ]
+
+
+def dropout_mask(seed: int, p: float, B: int, H: int, T: int, S: int) -> torch.Tensor:
+    """(B, H, T, S): 1 / (1 - p) where the element is kept, else 0."""
+    seed %= 2**64
+    head, i, j = np.ogrid[: B * H, :T, :S]
+    words = philox4x32([(j // 64) * 16 + j % 16, i, head, 0], [seed & 0xFFFFFFFF, seed >> 32])
+    word = np.take_along_axis(words, np.broadcast_to((j // 16) % 4, words.shape[1:])[None], 0)[0]
+    keep = word >= np.uint64(int(p * 2**32))
+    return torch.from_numpy(keep.reshape(B, H, T, S) / (1 - p)).to(DEVICE)
+
+
+def attention_reference(q, k, v, scale, document=None, dropout=None):
+    """(out, lse): plain softmax, (B, T, H, D)."""
+    T, S = q.shape[1], k.shape[1]
+    scores = torch.einsum("bthd,bshd->bhts", q, k) * scale
+    seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    if document is not None:
+        seen = seen & (torch.arange(S, device=q.device) >= document[:, None, :, None])
+    scores = scores.masked_fill(~seen, float("-inf"))
+    p = scores.softmax(-1) if dropout is None else scores.softmax(-1) * dropout
+    return torch.einsum("bhts,bshd->bthd", p, v), scores.logsumexp(-1)
+
+
+def attention_case(q, k, v, scale=0.3, dropout_p=0.0, seed=None, document=None):
+    """Output, log-sum-exp and every gradient; twice, with the same bits."""
+    B, T, H, _ = q.shape
+    dtype = q.dtype
+    seed_tensor = None if seed is None else torch.tensor([seed], device=DEVICE)
+    out, lse = katt.causal_attention_forward(q, k, v, scale, dropout_p, seed_tensor, document)
+    rq, rk, rv = reference(q, k, v)
+    mask = None if seed is None else dropout_mask(seed, dropout_p, B, H, T, k.shape[1])
+    expected, expected_lse = attention_reference(rq, rk, rv, scale, document, mask)
+    assert out.dtype == dtype
+    assert_close(out, expected, dtype, "out")
+    assert_close(lse, expected_lse, BF16 if dtype != F32 else F32, "lse")
+    grad = draw(*q.shape, dtype=dtype, seed=9)
+    saved = (grad, q, k, v, out, lse, scale, dropout_p, seed_tensor, document)
+    grads = katt.causal_attention_backward(*saved)
+    expected.backward(grad.double())
+    for name, actual, r in zip("qkv", grads, (rq, rk, rv), strict=True):
+        assert_close(actual, r.grad, dtype, f"grad {name}")
+    for first, second in zip(grads, katt.causal_attention_backward(*saved), strict=True):
+        assert torch.equal(first, second)
+
+
+def qkv(B, T, S, H, D, dtype=F32, scale=1.0):
+    return [draw(B, n, H, D, dtype=dtype, seed=i, scale=scale) for i, n in enumerate((T, S, S))]
+
+
+ATTENTION_CASES = [
+    (1, 1, 1, 1, 1, F32), (2, 33, 33, 2, 16, F32), (1, 17, 17, 3, 5, F32), (1, 64, 64, 1, 64, BF16),
+    (1, 200, 200, 1, 64, BF16), (1, 131, 131, 1, 96, F16), (1, 100, 100, 1, 128, BF16), (1, 70, 150, 2, 24, F32),
+    (2, 5, 77, 1, 32, BF16), (1, 40, 40, 1, 144, BF16), (0, 4, 4, 2, 8, F32),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("B", "T", "S", "H", "D", "dtype"), ATTENTION_CASES, ids=str)
+def test_attention(B, T, S, H, D, dtype):
+    attention_case(*qkv(B, T, S, H, D, dtype))
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_attention_decode_splits_the_keys(T):
+    q, k, v = qkv(1, T, 531, 1, 16)
+    tile = katt.forward_config(90, T, 16, F32, False)
+    assert DEVICE == "cuda" or katt._splits(q, k, tile) > 1
+    attention_case(q, k, v)
+
+
+@pytest.mark.parametrize(
+    ("T", "S", "D", "dtype"), [(130, 130, 16, F32), (130, 130, 64, BF16), (9, 200, 16, F32)], ids=str
+)
+def test_attention_dropout_is_the_documented_generator(T, S, D, dtype):
+    attention_case(*qkv(1, T, S, 2, D, dtype), dropout_p=0.3, seed=-(2**40) - 12345)
+
+
+def test_attention_of_packed_documents():
+    starts = torch.zeros(2, 150, dtype=torch.int32)
+    starts[0, 20:], starts[0, 130:], starts[0, 131:], starts[1, 64:], starts[1, 128:] = 20, 130, 131, 64, 128
+    for dtype, seed in ((F32, None), (BF16, 5)):
+        attention_case(
+            *qkv(2, 150, 150, 1, 16, dtype), dropout_p=0.2 if seed else 0.0, seed=seed, document=starts.to(DEVICE)
+        )
+
+
+def test_attention_of_views():
+    packed = draw(2, 40, 3, 3, 24)
+    attention_case(*packed.unbind(2))  # the rows of one projection
+    q, k, v = (draw(2, 3, 40, 24, seed=i).transpose(1, 2) for i in range(3))
+    attention_case(q, k, v)
+    attention_case(q.expand(2, 40, 3, 24), k[..., ::2].repeat(1, 1, 1, 2), v.flip(1))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.4, 3.0])
+def test_attention_scales(scale):
+    attention_case(*qkv(1, 70, 70, 1, 16), scale=scale)
+
+
+def test_attention_of_large_scores():
+    q, k, v = qkv(1, 90, 90, 1, 16, scale=30.0)  # scores in the thousands: exp alone would overflow
+    out, _ = katt.causal_attention_forward(q, k, v, 1.0, 0.0, None)
+    assert_close(out, attention_reference(*(x.double() for x in (q, k, v)), 1.0)[0], F16)
