@@ -89,7 +89,9 @@ def _check(
     model: GPT, idx: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
 ) -> None:
     if idx.dim() != 2 or idx.shape[1] == 0:
-        raise InputError(f"the prompt must be token ids (B, T) with T >= 1, got {tuple(idx.shape)}; start from end-of-text")
+        raise InputError(
+            f"the prompt must be token ids (B, T) with T >= 1, got {tuple(idx.shape)}; start from end-of-text"
+        )
     if idx.shape[1] > model.config.block_size:
         raise InputError(
             f"the prompt has {idx.shape[1]} tokens, more than the model's block_size ({model.config.block_size}); "

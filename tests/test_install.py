@@ -19,7 +19,18 @@ pytestmark = pytest.mark.xdist_group("install")
 def pure(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package as PYGPT_BUILD_EXT=off installs it, unpacked."""
     folder = tmp_path_factory.mktemp("pure")
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), str(ROOT)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(folder),
+        str(ROOT),
+    ]
     done = subprocess.run(
         command, env={**os.environ, "PYGPT_BUILD_EXT": "off"}, capture_output=True, text=True, timeout=250
     )

@@ -23,9 +23,7 @@ backends.register("linear_cross_entropy")  # no compiled kernel: the chunks belo
 CHUNK_BYTES = 64 << 20  # float32 logits held at a time
 
 
-def linear_cross_entropy_reference(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100
-) -> Tensor:
+def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
     """Plain PyTorch with the whole logits, in float32 for half-precision inputs."""
     logits = F.linear(hidden, weight)
     if logits.dtype in (torch.bfloat16, torch.float16):
@@ -50,11 +48,15 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> None:
     op = "linear_cross_entropy"
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise InputError(f"{op}: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be (N, C) and (V, C)")
+        raise InputError(
+            f"{op}: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be (N, C) and (V, C)"
+        )
     if targets.shape != hidden.shape[:1]:
         raise InputError(f"{op}: targets {tuple(targets.shape)} must be (N,) for hidden {tuple(hidden.shape)}")
     if not hidden.dtype.is_floating_point or weight.dtype != hidden.dtype:
-        raise InputTypeError(f"{op}: hidden ({hidden.dtype}) and weight ({weight.dtype}) must share a floating-point dtype")
+        raise InputTypeError(
+            f"{op}: hidden ({hidden.dtype}) and weight ({weight.dtype}) must share a floating-point dtype"
+        )
     if targets.dtype != torch.int64:
         raise InputTypeError(f"{op}: targets are {targets.dtype}; they must be int64")
     check_device(op, hidden, weight=weight, targets=targets)
