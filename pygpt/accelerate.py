@@ -60,9 +60,10 @@ def accelerate(model: nn.Module) -> nn.Module:
         else:
             continue
         swapped += 1
-    if hasattr(model, "set_attn_implementation"):  # a transformers model
+    set_attention = getattr(model, "set_attn_implementation", None)
+    if callable(set_attention):  # a transformers model
         _register_with_transformers()
-        model.set_attn_implementation("pygpt")
+        set_attention("pygpt")
         swapped += 1
     if not swapped:
         raise InputError(

@@ -71,7 +71,7 @@ def generate_tokens(
         for _ in range(max_new_tokens):
             if cache.length + step.shape[1] > block_size:
                 cache.length, step = 0, context[:, -max(1, block_size // 2) :]
-            logits = model.lm_head(model.hidden(step, cache)[:, -1])  # (B, V)
+            logits = model.lm_head(model.transformer(step, cache)[:, -1])  # (B, V)
             token = sample(logits, temperature, top_k, top_p, generator)
             if eos_id is not None:
                 token = token.masked_fill(done, eos_id)

@@ -104,7 +104,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
         # The usual upstream gradient is exactly 1; looking is free on a CPU and would stop the stream on a GPU.
-        if grad.device.type == "cpu" and grad.item() == 1.0:
-            return *ctx.saved_tensors, None, None
-        return *(None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors), None, None
+        if grad.device.type != "cpu" or grad.item() != 1.0:
+            grad_hidden = None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype)
+            grad_weight = None if grad_weight is None else grad_weight * grad.to(grad_weight.dtype)
+        return grad_hidden, grad_weight, None, None
