@@ -101,7 +101,9 @@ def dropout_mask(seed: Tensor, shape: tuple[int, int, int, int], dropout_p: floa
         torch.arange(B * H, device=seed.device).view(-1, 1, 1),
         torch.zeros(1, 1, 1, dtype=torch.int64, device=seed.device),
     ]
-    words = philox4x32(torch.broadcast_tensors(*counter), (seed & _LOW, (seed >> 32) & _LOW))  # 4 of (B * H, T, blocks * 16)
+    words = philox4x32(
+        torch.broadcast_tensors(*counter), (seed & _LOW, (seed >> 32) & _LOW)
+    )  # 4 of (B * H, T, blocks * 16)
     by_key = torch.stack([word.view(B * H, T, blocks, 16) for word in words], dim=3)
     return by_key.view(B, H, T, blocks * 64)[..., :S] >= int(dropout_p * 2**32)
 
@@ -182,9 +184,7 @@ def _backward(ctx, grad, grad_lse):  # type: ignore[no-untyped-def]
     if grad is None:
         return None, None, None, None, None, None
     q, k, v, out, lse, seed = ctx.saved_tensors
-    grads = torch.ops.pygpt.causal_attention_backward.default(
-        grad, q, k, v, out, lse, ctx.scale, ctx.dropout_p, seed
-    )
+    grads = torch.ops.pygpt.causal_attention_backward.default(grad, q, k, v, out, lse, ctx.scale, ctx.dropout_p, seed)
     return *grads, None, None, None
 
 
