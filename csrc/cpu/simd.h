@@ -30,7 +30,7 @@ PYGPT_INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 
 // Rounds to nearest, ties to even; NaN stays NaN.
 PYGPT_INLINE void store(bf16* p, vf v) {
-#ifdef __AVX512BF16__
+#ifdef PYGPT_AVX512_BF16
   __m256bh h = _mm512_cvtneps_pbh((__m512)v);
   std::memcpy(p, &h, sizeof h);
 #else
@@ -84,21 +84,51 @@ PYGPT_INLINE void store_step(T* p, vf v, int64_t n) {
 
 PYGPT_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
 
-// Sums the lanes pairwise: the same order whatever surrounds the call.
-PYGPT_INLINE float reduce_add(vf v) {
-  float lane[kLanes];
-  store(lane, v);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-  return lane[0];
+PYGPT_INLINE vi lane_numbers() {
+  vi v = {};
+  for (int i = 0; i < kLanes; ++i) v[i] = i;
+  return v;
 }
 
-PYGPT_INLINE float reduce_max(vf v) {
-  float lane[kLanes];
-  store(lane, v);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
-  return lane[0];
+// 2^x. DEGREE 5: within 2 ulp for -126 <= x < 127.5; 4: relative error 3e-6; 3: 1e-4. Below -126.5 (and for -inf) 0,
+// above 127.5 inf, NaN stays NaN, 2^0 is exactly 1. Minimax polynomials of 2^f on [-1/2, 1/2] that are 1 at 0.
+template <int DEGREE = 5>
+PYGPT_INLINE vf vexp2(vf x) {
+  static_assert(DEGREE >= 3 && DEGREE <= 5);
+  const vf low = splat(-127.0f), high = splat(128.0f), round = splat(12582912.0f);  // 1.5 * 2^23: ulp 1
+  x = low > x ? low : x;  // in this order NaN passes
+  x = high < x ? high : x;
+  const vf rounded = x + round, f = x - (rounded - round);
+  vf p;
+  if constexpr (DEGREE == 5)
+    p = ((((splat(1.3264727e-3f) * f + 9.671513e-3f) * f + 5.5507336e-2f) * f + 0.24022242f) * f + 0.693147f) * f + 1.0f;
+  else if constexpr (DEGREE == 4)
+    p = (((splat(9.582853e-3f) * f + 5.5906426e-2f) * f + 0.24024099f) * f + 0.6931242f) * f + 1.0f;
+  else
+    p = ((splat(5.500893e-2f) * f + 0.24221095f) * f + 0.6932829f) * f + 1.0f;
+  // The integer lies in rounded's low bits; as an exponent, -127 is the factor 0 and 128 the factor inf.
+  return p * (vf)(((vi)rounded << 23) + (127 << 23));
 }
+
+// Sums, or takes the largest of, the lanes pairwise: lower half with upper half, the same order whatever surrounds it.
+template <int N>
+struct FloatVector {
+  typedef float type __attribute__((vector_size(4 * N)));
+};
+
+template <bool MAX, int N>
+PYGPT_INLINE float reduce(typename FloatVector<N>::type v) {
+  if constexpr (N == 2) {
+    return MAX ? (v[0] > v[1] ? v[0] : v[1]) : v[0] + v[1];
+  } else {
+    typename FloatVector<N / 2>::type low, high;
+    std::memcpy(&low, &v, sizeof low);
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+    return reduce<MAX, N / 2>(MAX ? (low > high ? low : high) : low + high);
+  }
+}
+
+PYGPT_INLINE float reduce_add(vf v) { return reduce<false, kLanes>(v); }
+PYGPT_INLINE float reduce_max(vf v) { return reduce<true, kLanes>(v); }
 
 }  // namespace pygpt::PYGPT_ISA

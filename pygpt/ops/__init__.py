@@ -1,5 +1,6 @@
 """The operators. Each call checks its arguments and goes to the backend that `backends.choose` names."""
 
+from pygpt.ops.attention import causal_attention
 from pygpt.ops.layer_norm import add_layer_norm, layer_norm
 
-__all__ = ["add_layer_norm", "layer_norm"]
+__all__ = ["add_layer_norm", "causal_attention", "layer_norm"]
