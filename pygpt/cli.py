@@ -63,7 +63,7 @@ Command = (
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the console script. Returns the exit status: 0, or 2 for an error that the user can mend."""
     try:
-        command = tyro.cli(Command, args=arguments, prog="pygpt", description=pygpt.__doc__)  # type: ignore[call-overload]
+        command = tyro.cli(Command, args=arguments, prog="pygpt", description=pygpt.__doc__)
         run(command)
     except PygptError as error:
         if os.environ.get("PYGPT_TRACEBACK"):
@@ -83,7 +83,7 @@ def run(command: object) -> None:
         case InfoConfig():
             info(console)
         case PrepareConfig():
-            console.print(str(prepare(command)))
+            prepare(command)
         case PretrainConfig():
             pretrain(command, console)
         case GenerateConfig():
@@ -102,9 +102,15 @@ def info(console: Console) -> None:
     for index in range(torch.cuda.device_count()):
         table.add_row(f"cuda:{index}", torch.cuda.get_device_name(index))
     console.print(table)
-    table = Table("op", "device", "backend in use", "dtypes", "why not the others", title="operators")
+    table = Table(title="operators")
+    for name in ("op", "device", "in use", "dtypes"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("why not the others")
     for row in backends.report():
-        reasons = "\n".join(f"{name}: {reason}" for name, reason in row.why_not.items())
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in row.why_not.items():
+            by_reason.setdefault(reason, []).append(name)
+        reasons = "\n".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
         table.add_row(row.op, row.device, row.backend, row.dtypes, reasons)
     console.print(table)
     if backends.forced():

@@ -89,7 +89,9 @@ def load_checkpoint(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) 
         if values:
             optimizer.state[p] = {key: value.to(p.device) for key, value in values.items()}
         elif p.requires_grad:
-            raise InputError(f"'{folder}': training.safetensors has no state for {name}; the run cannot be resumed from it")
+            raise InputError(
+                f"'{folder}': training.safetensors has no state for {name}; the run cannot be resumed from it"
+            )
     torch.set_rng_state(state.pop("rng/cpu"))
     if "rng/cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state.pop("rng/cuda"))
@@ -100,7 +102,9 @@ def read_training(folder: Path) -> dict[str, Any]:
     """training.json of a checkpoint."""
     file = folder / "training.json"
     if not file.is_file():
-        raise MissingFileError(f"'{folder}' is a model, not a checkpoint of a run (no training.json); it cannot be resumed")
+        raise MissingFileError(
+            f"'{folder}' is a model, not a checkpoint of a run (no training.json); it cannot be resumed"
+        )
     try:
         return json.loads(file.read_text())
     except json.JSONDecodeError as error:

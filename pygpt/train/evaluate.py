@@ -1,7 +1,7 @@
 """Evaluation of a language model: loss, perplexity and bits per byte over a whole text.
 
-    pygpt eval runs/mine --data data/stdlib
-    pygpt eval runs/mine --text book.txt
+pygpt eval runs/mine --data data/stdlib
+pygpt eval runs/mine --text book.txt
 """
 
 from __future__ import annotations

@@ -27,7 +27,9 @@ class Metrics:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            console.print("TensorBoard is not installed (pip install pygpt-kernels\\[train]); metrics go to metrics.jsonl only")
+            console.print(
+                "TensorBoard is not installed (pip install pygpt-kernels\\[train]); metrics go to metrics.jsonl only"
+            )
             self._board = None
         else:
             self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)

@@ -1,12 +1,12 @@
 """Pretraining: next-token prediction on raw text.
 
-    pygpt pretrain --data data/stdlib --out runs/mine
+pygpt pretrain --data data/stdlib --out runs/mine
 """
 
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -75,11 +75,13 @@ class PretrainConfig(TrainConfig):
 
     def model_config(self, vocab_size: int) -> GPTConfig:
         """The model these settings describe."""
-        rest = {"vocab_size": vocab_size, "dropout": self.dropout, "bias": self.bias}
+        config = GPTConfig(
+            n_layer=self.n_layer, n_head=self.n_head, n_embd=self.n_embd, block_size=self.block_size or 128
+        )  # fmt: skip
         if self.preset is not None:
-            return GPTConfig.preset(self.preset, **rest, **({"block_size": self.block_size} if self.block_size else {}))
-        sizes = {"n_layer": self.n_layer, "n_head": self.n_head, "n_embd": self.n_embd}
-        return GPTConfig(**sizes, **rest, block_size=self.block_size or 128)
+            config = GPTConfig.preset(self.preset)
+            config = replace(config, block_size=self.block_size or config.block_size)
+        return replace(config, vocab_size=vocab_size, dropout=self.dropout, bias=self.bias)
 
 
 # What may differ between a run and its continuation: how long, how often, where - not what is computed per step.
@@ -126,7 +128,9 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Path:
     if latest is not None:
         trainer.resume(latest)
     size = f"{model.get_num_params(non_embedding=False) / 1e6:.1f}M parameters"
-    console.print(f"{size} on {trainer.device} in {config.dtype}; {len(train):,} training tokens; run folder {config.out}")
+    console.print(
+        f"{size} on {trainer.device} in {config.dtype}; {len(train):,} training tokens; run folder {config.out}"
+    )
     trainer.train()
     console.print(f"checkpoint {checkpoints(config.out)[-1]}, loss plot {config.out / 'loss.png'}")
     return config.out

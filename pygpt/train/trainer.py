@@ -140,7 +140,9 @@ class Trainer:
         """Go on where `checkpoint` stood: its optimizer, random generators and step. The model must hold its weights."""
         self.step = load_checkpoint(checkpoint, self.model, self.optimizer)
         if self.step >= self.config.steps:
-            raise InputError(f"'{checkpoint}' is already at step {self.step} of {self.config.steps}; ask for more --steps")
+            raise InputError(
+                f"'{checkpoint}' is already at step {self.step} of {self.config.steps}; ask for more --steps"
+            )
 
     def train(self) -> float:
         """Run the steps that are left; returns the last training loss. Ctrl-C saves a checkpoint and returns early."""
@@ -160,7 +162,12 @@ class Trainer:
                     loss = self._finite(loss_tensor)
                     now = time.perf_counter()
                     speed = tokens / (now - since)
-                    values = {"loss": loss, "grad_norm": norm.item(), "tokens_per_second": speed, "lr": self._rate(self.step - 1)}
+                    values = {
+                        "loss": loss,
+                        "grad_norm": norm.item(),
+                        "tokens_per_second": speed,
+                        "lr": self._rate(self.step - 1),
+                    }
                     if self.peak_flops:
                         values["mfu"] = speed * self.model.flops_per_token() / self.peak_flops
                     metrics.write(self.step, **values)
@@ -181,7 +188,9 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of the current step."""
-        settings = {key: value if not isinstance(value, Path) else str(value) for key, value in asdict(self.config).items()}
+        settings = {
+            key: value if not isinstance(value, Path) else str(value) for key, value in asdict(self.config).items()
+        }
         return save_checkpoint(
             self.run, self.step, self.model, self.optimizer, self.tokenizer, settings, self.config.keep
         )
@@ -196,7 +205,7 @@ class Trainer:
             tokens += tensors[0].numel()
             tensors = tuple(t.to(self.device, non_blocking=True) for t in tensors)
             loss = self.loss_fn(self.forward, tensors) / config.accumulate
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
         norm = clip_grad_norm(self.model.parameters(), config.grad_clip)
         self.optimizer.step()
@@ -207,11 +216,15 @@ class Trainer:
     def _rate(self, step: int) -> float:
         c = self.config
         return cosine_with_warmup(
-            step, peak=c.learning_rate, minimum=min(c.min_learning_rate, c.learning_rate), warmup=c.warmup, total=c.steps
+            step,
+            peak=c.learning_rate,
+            minimum=min(c.min_learning_rate, c.learning_rate),
+            warmup=c.warmup,
+            total=c.steps,
         )
 
     def _due(self, every: int) -> bool:
-        return self.step == self.config.steps or bool(every) and self.step % every == 0
+        return self.step == self.config.steps or (every > 0 and self.step % every == 0)
 
     def _finite(self, loss: Tensor) -> float:
         value = loss.item()
@@ -224,10 +237,14 @@ class Trainer:
         return value
 
     def _report(self, metrics: Metrics, always: bool = False) -> None:
-        """Evaluate and sample where they are due. Random generators are left as they were: a resumed run that evaluates at
-        other steps must still draw the same dropout."""
-        state = torch.get_rng_state()
-        self.model.eval()
+        """Evaluate and sample where they are due. A resumed run that evaluates at other steps must still draw the same
+        dropout: random generators are left as they were."""
+        with torch.random.fork_rng():
+            self.model.eval()
+            self._evaluate_and_sample(metrics, always)
+            self.model.train()
+
+    def _evaluate_and_sample(self, metrics: Metrics, always: bool) -> None:
         if self.evaluate and (always or self._due(self.config.eval_every)):
             with torch.no_grad():
                 loss = self.evaluate(self.model)
@@ -237,8 +254,6 @@ class Trainer:
             self.console.rule(f"sample at step {self.step}")
             self.console.print(self.sample(self.model), markup=False, highlight=False)
             self.console.rule()
-        self.model.train()
-        torch.set_rng_state(state)
 
 
 def _status(values: dict[str, float]) -> str:
