@@ -1,5 +1,6 @@
 """The operators. Each call checks its arguments and goes to the backend that `backends.choose` names."""
 
+from pygpt.ops.embedding import embedding, embedding_backward_
 from pygpt.ops.layer_norm import add_layer_norm, layer_norm
 
-__all__ = ["add_layer_norm", "layer_norm"]
+__all__ = ["add_layer_norm", "embedding", "embedding_backward_", "layer_norm"]
