@@ -137,9 +137,9 @@ static void backward_tile(const AttentionShape& shape, const BackwardBuffers& w,
   const int64_t first = count > 0 ? 0 : 1 - count;        // the first query that sees any
   for (int64_t r = first / kRows * kRows; r < rows; r += kRows) {
     const int64_t columns = round_up(smaller(keys, count + r + kRows - 1), kLanes);
-    product<P, false, Into::overwrite>(w.query_rows + (q0 + r) * stride, stride, w.key_panel, kBlock, w.scores, kBlock,
+    product<P, false, Into::assign>(w.query_rows + (q0 + r) * stride, stride, w.key_panel, kBlock, w.scores, kBlock,
                                        units, columns);
-    product<P, false, Into::overwrite>(w.grad_rows + (q0 + r) * stride, stride, w.value_panel, kBlock, w.grad_p, kBlock,
+    product<P, false, Into::assign>(w.grad_rows + (q0 + r) * stride, stride, w.value_panel, kBlock, w.grad_p, kBlock,
                                        units, columns);
     for (int i = 0; i < kRows; ++i) {
       vi keep[kBlock / kLanes];

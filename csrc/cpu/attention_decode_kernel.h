@@ -43,7 +43,7 @@ void attention_decode(const AttentionShape& shape, HeadView<const T> q, HeadView
     for (int t = 0; t < queries_here; ++t) {
       largest[t] = -std::numeric_limits<float>::infinity();
       const T* from = q.data + b * q.batch + h * q.head + t * q.time;
-      PYGPT_FOR_LANES(D, store_step(queries + t * width + i, load_step(from + i, n), n);)
+      PYGPT_FOR_LANES(D, store_step(queries + t * width + i, load_step(from + i, n) * (shape.scale * kLog2E), n);)
     }
     for (int64_t k0 = chunk * kDecodeKeys; k0 < end; k0 += kBlock) {
       const int64_t keys = smaller(kBlock, end - k0);

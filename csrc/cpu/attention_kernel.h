@@ -28,13 +28,15 @@ PYGPT_INLINE vf visible(vf x, int64_t first, int64_t count, vf otherwise) {
   return lane < static_cast<int32_t>(count) ? x : otherwise;
 }
 
-// Scales and masks the scores of one query, and returns their largest value, at least `largest`.
-PYGPT_INLINE float scale_and_mask(float* scores, int64_t columns, int64_t count, float scale, float largest) {
+// Hides the keys from `count` on, and returns the largest score, at least `largest`.
+PYGPT_INLINE float mask_scores(float* scores, int64_t columns, int64_t count, float largest) {
   vf top = splat(largest);
   for (int64_t j = 0; j < columns; j += kLanes) {
-    vf x = load(scores + j) * scale;
-    if (j + kLanes > count) x = visible(x, j, count, splat(-std::numeric_limits<float>::infinity()));
-    store(scores + j, x);
+    vf x = load(scores + j);
+    if (j + kLanes > count) {
+      x = visible(x, j, count, splat(-std::numeric_limits<float>::infinity()));
+      store(scores + j, x);
+    }
     top = vmax(top, x);
   }
   return reduce_max(top);
@@ -75,7 +77,7 @@ static void softmax_rows(const AttentionShape& shape, float* scores, int rows, i
   float before[kLanes] = {}, after[kLanes] = {};
   for (int r = 0; r < rows; ++r) {
     before[r] = running.largest[r];
-    const float top = scale_and_mask(scores + r * kBlock, columns, count + r, shape.scale * kLog2E, before[r]);
+    const float top = mask_scores(scores + r * kBlock, columns, count + r, before[r]);
     running.largest[r] = top;
     // Scores that are all -inf so far (only by overflow) must not give -inf - -inf.
     after[r] = top == -std::numeric_limits<float>::infinity() ? 0.0f : top;
@@ -130,6 +132,7 @@ void attention_forward(const AttentionShape& shape, HeadView<const T> q, HeadVie
                        float* lse, float* workspace, int64_t first, int64_t last) {
   constexpr int P = kPair<T>;
   const int64_t D = shape.D, width = shape.width(), units = (D + P - 1) / P, panel = kBlock * width / P;
+  const float scale = shape.scale * kLog2E;
   PackedHead<T> packed;
   packed.keys = workspace;
   packed.values = packed.keys + shape.key_blocks() * panel;
@@ -155,8 +158,8 @@ void attention_forward(const AttentionShape& shape, HeadView<const T> q, HeadVie
         const int64_t seen = smaller(kBlock, count + group - 1);
         if (seen <= 0) continue;
         float factor[kLanes];
-        product<P, false, Into::overwrite>(queries + r * (width / P), width / P, packed.keys + key_block * panel, kBlock,
-                                           scores, kBlock, units, seen);
+        product<P, false, Into::scale>(queries + r * (width / P), width / P, packed.keys + key_block * panel, kBlock,
+                                           scores, kBlock, units, seen, &scale);
         softmax_rows<T>(shape, scores, group, round_up(seen, kLanes), count,
                         {running.largest + r, running.sum + r * kLanes}, factor, head, q0 + r, key_block);
         product<P, false, Into::rescale>(scores, kBlock, packed.values + key_block * panel, width, o + r * width, width,

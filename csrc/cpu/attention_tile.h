@@ -37,9 +37,10 @@ PYGPT_INLINE vf multiply_add(vf sum, const float* a, vf b) {
   return sum + b * *a;
 }
 
-enum class Into { overwrite, add, rescale };
+// What becomes of a product: c = ab, c = factor[0] ab, c = c + ab, or row by row c[r] = factor[r] c[r] + (ab)[r].
+enum class Into { assign, scale, add, rescale };
 
-// c (kRows x VECTORS * kLanes) = [c, or c with row r times factor[r], +] a b, over k units.
+// c (kRows x VECTORS * kLanes) from the product a b over k units.
 // a is (kRows x k) with row stride lda, or ACROSS: (k x kRows) with row stride lda. b is (k x ...) with row stride ldb.
 template <int PAIR, bool ACROSS, Into INTO, int VECTORS>
 static void product_block(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t k,
@@ -64,6 +65,7 @@ static void product_block(const float* a, int64_t lda, const float* b, int64_t l
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v) {
       float* at = c + r * ldc + v * kLanes;
+      if constexpr (INTO == Into::scale) sum[r][v] *= *factor;
       if constexpr (INTO == Into::add) sum[r][v] += load(at);
       if constexpr (INTO == Into::rescale) sum[r][v] += load(at) * factor[r];
       store(at, sum[r][v]);
