@@ -24,7 +24,7 @@ from pygpt.data import PrepareConfig, RandomOffsets, load_tokens, prepare
 from pygpt.optim import cosine_with_warmup
 
 STEPS, TURN, BATCH = 2000, 100, 12
-CONFIG = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, dropout=0.0, bias=False)
+CONFIG = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "dropout": 0.0, "bias": False}
 
 
 class Runner:

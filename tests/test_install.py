@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -15,16 +16,31 @@ ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.xdist_group("install")
 
 
+def build_wheel(folder: Path, environment: dict[str, str]) -> Path:
+    """Build the package's wheel into `folder`, with a build directory of its own."""
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        f"-Cbuild-dir={folder}/build",
+    ]
+    done = subprocess.run(
+        [*command, "-w", str(folder), str(ROOT)], env=environment, capture_output=True, text=True, timeout=250
+    )
+    assert done.returncode == 0, done.stderr
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
 @pytest.fixture(scope="module")
 def pure(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package as PYGPT_BUILD_EXT=off installs it, unpacked."""
     folder = tmp_path_factory.mktemp("pure")
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), str(ROOT)]
-    done = subprocess.run(
-        command, env={**os.environ, "PYGPT_BUILD_EXT": "off"}, capture_output=True, text=True, timeout=250
-    )
-    assert done.returncode == 0, done.stderr
-    (wheel,) = folder.glob("*.whl")
+    wheel = build_wheel(folder, {**os.environ, "PYGPT_BUILD_EXT": "off"})
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -33,6 +49,19 @@ def pure(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert not [name for name in names if name.endswith((".so", ".cpp")) or name.startswith(("kernels/", "tests/"))]
         archive.extractall(folder / "site")
     return folder / "site"
+
+
+def test_without_a_compiler_the_install_is_pure_python(tmp_path):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("cmake", "ninja", "sh", "uname"):
+        found = shutil.which(name)
+        if found:
+            (tools / name).symlink_to(found)
+    wheel = build_wheel(tmp_path, {"HOME": os.environ.get("HOME", "/"), "PATH": str(tools), "PYGPT_CUDA": "off"})
+    with zipfile.ZipFile(wheel) as archive:
+        assert "pygpt/model.py" in archive.namelist()
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
 
 
 def run_in(site: Path, code: str) -> subprocess.CompletedProcess[str]:

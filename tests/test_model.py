@@ -196,7 +196,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
     tiny().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save({"x": Evil()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(Exception, match="[Ww]eights"):
+    with pytest.raises(Exception, match=r"[Ww]eights"):
         GPT.from_pretrained(tmp_path)
     assert not (tmp_path / "owned").exists()
 
