@@ -48,7 +48,7 @@ def forward_config(arch: int, T: int, D: int, dtype: torch.dtype, dropout: bool)
         return Config(128, 64, 8, 2)
     if arch >= 90:  # at 128 registers two programs share a multiprocessor: one's softmax hides the other's products
         return Config(128, 64, 8, 3, None if dropout else 128)
-    return Config(128, 64, 8, 3, 128) if dropout else Config(128, 64, 4, 3)
+    return Config(128, 64, 8, 3) if dropout else Config(128, 64, 4, 3)
 
 
 def grad_q_config(arch: int, D: int, dtype: torch.dtype, dropout: bool) -> Config:
@@ -58,9 +58,9 @@ def grad_q_config(arch: int, D: int, dtype: torch.dtype, dropout: bool) -> Confi
     if D > 128:
         return Config(32, 64, 8, 1)
     if D > 64:
-        if dropout:
-            return Config(64, 64, 4, 2) if arch >= 90 else Config(64, 64, 8, 2)
-        return Config(128, 64, 8, 2)
+        if arch >= 90:
+            return Config(64, 64, 4, 2) if dropout else Config(128, 64, 8, 2)
+        return Config(64, 64, 8, 2)
     return Config(128, 64, 8, 2, 128 if arch >= 90 and not dropout else None)
 
 
@@ -429,11 +429,12 @@ def _dropout(dropout_p: float) -> tuple[int, float]:
 
 def _shared_options(q: Tensor, tile: Config) -> dict[str, Any]:
     D = q.shape[3]
-    return dict(
+    options = dict(
         D=D, BLOCK_D=max(16, next_power_of_2(D)), QUERIES=tile.queries, KEYS=tile.keys,
-        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
-        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers, **FUSED,
+        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",  # float32 products as good as float32
+        num_warps=tile.warps, num_stages=tile.stages, **FUSED,
     )  # fmt: skip
+    return options if tile.registers is None else options | {"maxnreg": tile.registers}
 
 
 def causal_attention_forward(

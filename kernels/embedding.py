@@ -202,3 +202,13 @@ def embedding_backward_(
         _position_kernel[(cdiv(T, 4), cdiv(C, 256))](
             grad, position_grad, B, T, C, position_offset, ROWS=4, BLOCK=256, num_warps=4, **FUSED
         )
+
+
+def embedding_backward(
+    grad: Tensor, idx: Tensor, token_rows: int, position_rows: int | None, position_offset: int
+) -> tuple[Tensor, Tensor]:
+    """-> token_grad (token_rows, C), position_grad (position_rows, C; of 0 rows where position_rows is None)."""
+    token_grad = grad.new_zeros(token_rows, grad.shape[-1])
+    position_grad = grad.new_zeros(position_rows or 0, grad.shape[-1])
+    embedding_backward_(grad, idx, token_grad, None if position_rows is None else position_grad, position_offset)
+    return token_grad, position_grad

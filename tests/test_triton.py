@@ -6,6 +6,8 @@ With one they run on it. tests/test_gpu.py adds what only a GPU can show.
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -14,9 +16,11 @@ from common import assert_close
 
 triton = pytest.importorskip("triton", reason="triton is not installed: the Triton kernels are not tested")
 
+from pygpt import kernels, ops  # noqa: E402
 from pygpt.kernels import attention as katt  # noqa: E402
 from pygpt.kernels import embedding as kemb  # noqa: E402
 from pygpt.kernels import layer_norm as kln  # noqa: E402
+from pygpt.ops import backends  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -273,3 +277,84 @@ def test_attention_of_large_scores():
     q, k, v = qkv(1, 90, 90, 1, 16, scale=30.0)  # scores in the thousands: exp alone would overflow
     out, _ = katt.causal_attention_forward(q, k, v, 1.0, 0.0, None)
     assert_close(out, attention_reference(*(x.double() for x in (q, k, v)), 1.0)[0], F16)
+
+
+@pytest.fixture
+def triton_answers():
+    """The project's operators on this device, answered by the Triton kernels."""
+    if backends.extension is None:
+        pytest.skip("pygpt._C is not built: there are no operators to answer")
+    if DEVICE == "cuda":
+        with backends.use_backend("triton"):
+            yield
+        return
+    library = torch.library.Library("pygpt", "IMPL", "CPU")
+    for module, names in kernels.OPERATORS.items():
+        for name in names:
+            library.impl(name, getattr(importlib.import_module(f"pygpt.kernels.{module}"), name))
+    with backends.use_backend(
+        "cpp"
+    ):  # the column of CPU tensors: its registrations are overridden while this one lives
+        yield
+    library._destroy()
+
+
+@pytest.mark.filterwarnings("ignore:.*verrid")
+def test_operators_through_the_dispatcher(triton_answers, monkeypatch):
+    """Schemas, autograd formulas and aliasing fit: a small block through the public ops, against float64."""
+    calls = []
+    for module, name in ((kln, "_forward"), (kln, "_backward"), (katt, "_strides"), (kemb, "_pieces_kernel")):
+        monkeypatch.setattr(module, name, _Recorder(getattr(module, name), name, calls))
+
+    def block(idx, wte, wpe, weight, bias, project, o):
+        x = o.embedding(idx, wte, wpe, 1)
+        y = o.layer_norm(x, weight, bias)
+        q, k, v = (y @ project).unflatten(2, (3, 2, 8)).unbind(2)
+        y, x = o.add_layer_norm(o.causal_attention(q, k, v).flatten(2), x, weight, bias)
+        return (x * y).sum()
+
+    inputs = [draw(11, 16), draw(9, 16, seed=1), draw(16, seed=2), draw(16, seed=3), draw(16, 48, seed=4, scale=0.3)]
+    idx = torch.tensor([[1, 2, 3, 1, 10], [0, 0, 0, 0, 5]], device=DEVICE)
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    expected = [t.clone().double().requires_grad_() for t in inputs]
+    result = block(idx, *leaves, ops)
+    result.backward()
+    assert set(calls) == {"_forward", "_backward", "_strides", "_pieces_kernel"}
+    with backends.use_backend("eager"):
+        reference_result = block(idx, *expected, ops)
+        reference_result.backward()
+    assert_close(result, reference_result, F16)
+    for name, t, r in zip(("wte", "wpe", "weight", "bias", "project"), leaves, expected, strict=True):
+        assert_close(t.grad, r.grad, F32, name)
+
+
+class _Recorder:
+    """Stands before a function or kernel and notes that it was used."""
+
+    def __init__(self, inner, name, calls):
+        self.inner, self.name, self.calls = inner, name, calls
+
+    def __call__(self, *args, **options):
+        self.calls.append(self.name)
+        return self.inner(*args, **options)
+
+    def __getitem__(self, grid):
+        self.calls.append(self.name)
+        return self.inner[grid]
+
+
+def test_serve_registers_for_cuda_and_lets_go():
+    if backends.extension is None:
+        pytest.skip("pygpt._C is not built: there are no operators to answer")
+
+    def answered() -> set[bool]:
+        names = (f"pygpt::{name}" for names in kernels.OPERATORS.values() for name in names)
+        return {torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA") for name in names}
+
+    before = answered()
+    for replace in (True, False, False):
+        kernels.serve(replace)
+        assert answered() == {True}
+    if DEVICE == "cpu":
+        kernels._library = None
+        assert answered() == before == {False}

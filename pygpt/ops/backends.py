@@ -10,6 +10,7 @@ have no kernel in that column at all still run the reference.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import warnings
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from pygpt.errors import InputError
 
 BACKENDS = ("eager", "cpp", "cuda", "triton")
 DEVICE_ORDER = {"cpu": ("cpp", "eager"), "cuda": ("cuda", "triton", "eager")}
+# The Triton kernels take any of these dtypes, so that their column is one line here instead of one in every op.
+TRITON_OPS = frozenset({"embedding", "layer_norm", "add_layer_norm", "causal_attention"})
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -62,22 +66,59 @@ extension, _cpp_problem = _load("pygpt._C", "not built (no C++ compiler at insta
 _columns: dict[str, Column] = {
     "cpp": Column("cpp", "cpu", _cpp_problem),
     "cuda": Column("cuda", "cuda", "not built"),
-    "triton": Column("triton", "cuda", "not built"),
 }
 _kernels: dict[str, dict[str, frozenset[torch.dtype]]] = {}  # op -> backend -> dtypes
 _forced: str | None = None
 _chosen: dict[tuple[str, str, torch.dtype, str | None], str] = {}
 
 
+def _load_triton() -> str:
+    """Make `pygpt.kernels` answer on CUDA tensors; returns what is in the way, nothing when it is ready."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    if torch.version.cuda and major < 8:
+        return f"the GPU's compute capability is {major}.{minor}; 8.0 or later is needed"
+    if extension is None:
+        return "needs pygpt._C, which holds the operators' schemas and was " + _cpp_problem
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        importlib.import_module("pygpt.kernels").serve(replace=_forced == "triton")
+    except ImportError as error:
+        warnings.warn(f"pygpt.kernels failed to load: {error}; running without it", stacklevel=2)
+        return f"failed to load: {error}"
+    return ""
+
+
+def _column(name: str) -> Column:
+    # Triton takes a while to import: only where someone has a use for it.
+    if name == "triton" and name not in _columns:
+        _columns[name] = Column(name, "cuda", _load_triton())
+    return _columns[name]
+
+
+def _force(name: str | None) -> None:
+    """Set the forced backend. Forcing `triton` also takes the operators over from compiled CUDA kernels, as long."""
+    global _forced
+    change = (name == "triton") != (_forced == "triton")
+    _forced = name
+    if change and "triton" in _columns and ready("triton"):
+        importlib.import_module("pygpt.kernels").serve(replace=name == "triton")
+
+
 def register(op: str, **dtypes: tuple[torch.dtype, ...]) -> None:
     """Declare an op and the dtypes each of its kernels serves: `register("layer_norm", cpp=(torch.float32,))`."""
+    if op in TRITON_OPS:
+        dtypes["triton"] = TRITON_DTYPES
     _kernels[op] = {backend: frozenset(served) for backend, served in dtypes.items()}
     _chosen.clear()
 
 
+@torch.compiler.assume_constant_result  # a compiler must not trace into the loading of a backend
 def ready(backend: str) -> bool:
     """Whether a backend can run on this machine at all."""
-    return backend == "eager" or not _columns[backend].problem
+    return backend == "eager" or not _column(backend).problem
 
 
 def choose(op: str, x: torch.Tensor) -> str:
@@ -98,7 +139,7 @@ def _resolve(op: str, device: str, dtype: torch.dtype, forced: str | None) -> st
         return "eager"
     if forced == "eager" or forced not in kernels:
         return "eager"
-    column = _columns[forced]
+    column = _column(forced)
     if column.device != device and device != "meta":
         raise InputError(
             f"{op}: backend '{forced}' was asked for and runs on {column.device}, but the tensors are on {device}; "
@@ -124,8 +165,7 @@ class _Restore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        global _forced
-        _forced = self._previous
+        _force(self._previous)
 
 
 def use_backend(name: str | None) -> _Restore:
@@ -134,14 +174,14 @@ def use_backend(name: str | None) -> _Restore:
     Works as a function, `pygpt.use_backend("eager")`, and as a context manager. Raises InputError for an unknown name
     and for a backend that is not available here, saying why.
     """
-    global _forced
     if name == "auto":
         name = None
     if name is not None and name not in BACKENDS:
         raise InputError(f"unknown backend '{name}': choose one of auto, {', '.join(BACKENDS)}")
     if name is not None and not ready(name):
-        raise InputError(f"backend '{name}' is not available: {_columns[name].problem}")
-    previous, _forced = _forced, name
+        raise InputError(f"backend '{name}' is not available: {_column(name).problem}")
+    previous = _forced
+    _force(name)
     return _Restore(previous)
 
 
@@ -185,7 +225,7 @@ def _in_use(op: str, device: str) -> str:
 
 
 def _why_not(op: str, device: str, backend: str) -> str:
-    column = _columns[backend]
+    column = _column(backend)
     if backend not in _kernels[op]:
         return "no kernel for this op"
     if column.problem:
@@ -205,7 +245,7 @@ def _names(dtypes: frozenset[torch.dtype]) -> str:
 
 def columns() -> list[Column]:
     """The compiled and just-in-time backends and what became of loading each."""
-    return list(_columns.values())
+    return [_column(name) for name in BACKENDS if name != "eager"]
 
 
 def build_info() -> dict[str, str]:
