@@ -18,7 +18,9 @@ triton = pytest.importorskip("triton", reason="triton is not installed: the Trit
 
 from pygpt import kernels, ops  # noqa: E402
 from pygpt.kernels import attention as katt  # noqa: E402
+from pygpt.kernels import cross_entropy as kce  # noqa: E402
 from pygpt.kernels import embedding as kemb  # noqa: E402
+from pygpt.kernels import gelu as kgelu  # noqa: E402
 from pygpt.kernels import layer_norm as kln  # noqa: E402
 from pygpt.ops import backends  # noqa: E402
 
@@ -358,3 +360,73 @@ def test_serve_registers_for_cuda_and_lets_go():
     if DEVICE == "cpu":
         kernels._library = None
         assert answered() == before == {False}
+
+
+def cross_entropy_case(N, V, C, dtype, ignored=(), scale=1.0):
+    hidden, weight = draw(N, C, dtype=dtype, scale=scale), draw(V, C, dtype=dtype, seed=1, scale=0.5)
+    targets = torch.randint(V, (N,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    targets[list(ignored)] = -100
+    loss, grad_hidden, grad_weight = kce.linear_cross_entropy(hidden, weight, targets)
+    rh, rw = reference(hidden, weight)
+    expected = F.cross_entropy(rh @ rw.t(), targets)
+    expected.backward()
+    assert_close(loss, expected, dtype, "loss")
+    assert_close(grad_hidden, rh.grad, dtype, "grad hidden")
+    assert_close(grad_weight, rw.grad, dtype, "grad weight")
+    only_loss = kce.linear_cross_entropy(hidden, weight, targets, need_hidden=False, need_weight=False)
+    assert only_loss[1] is only_loss[2] is None
+    assert torch.equal(only_loss[0], loss)
+
+
+@pytest.mark.parametrize(
+    ("N", "V", "C", "dtype", "ignored"),
+    [
+        (1, 1, 3, F32, ()),
+        (7, 11, 5, F32, (2, 6)),
+        (40, 300, 16, F32, (0,)),
+        (3, 4099, 8, F32, ()),
+        (24, 70, 32, BF16, (5,)),
+    ],
+    ids=str,
+)
+def test_linear_cross_entropy(N, V, C, dtype, ignored):
+    cross_entropy_case(N, V, C, dtype, ignored)
+
+
+def test_linear_cross_entropy_in_chunks(monkeypatch):
+    monkeypatch.setattr(kce, "CHUNK_BYTES", 1)  # 128 rows at a time
+    cross_entropy_case(300, 9, 8, F32, (17, 299))
+
+
+def test_linear_cross_entropy_of_large_logits_and_odd_targets():
+    cross_entropy_case(6, 50, 8, F32, scale=300.0)
+    hidden, weight = draw(3, 4), draw(5, 4, seed=1)
+    every_one_ignored = torch.full((3,), -100, device=DEVICE)
+    loss, grad_hidden, grad_weight = kce.linear_cross_entropy(hidden, weight, every_one_ignored)
+    assert loss.isnan()
+    assert not grad_hidden.any()
+    assert not grad_weight.any()
+    assert kce.linear_cross_entropy(hidden, weight, torch.tensor([0, 5, 1], device=DEVICE))[0].isnan()
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "with_bias"),
+    [((1, 1), F32, True), ((3, 5, 7), F32, True), ((33, 600), BF16, True), ((9, 64), F16, False), ((0, 8), F32, True)],
+    ids=str,
+)
+def test_bias_gelu(shape, dtype, with_bias):
+    x, grad = draw(*shape, dtype=dtype, scale=3.0), draw(*shape, dtype=dtype, seed=1)
+    bias = draw(shape[-1], dtype=dtype, seed=2) if with_bias else None
+    rx, rb = reference(x, bias)
+    expected = F.gelu(rx + rb if with_bias else rx, approximate="tanh")
+    expected.backward(grad.double())
+    assert_close(kgelu.bias_gelu_forward(x, bias), expected, dtype, "y")
+    grad_x, grad_bias = kgelu.bias_gelu_backward(grad, x, bias)
+    assert_close(grad_x, rx.grad, dtype, "grad x")
+    assert_close(grad_bias, rb.grad if with_bias else torch.empty(0), dtype, "grad bias")
+
+
+def test_gelu_far_out():
+    x = torch.tensor([[-1e4, -60.0, -10.0, 0.0, 10.0, 60.0, 1e4]], device=DEVICE)
+    assert kgelu.bias_gelu_forward(x, None).tolist() == [[0, 0, 0, 0, 10, 60, 1e4]]
+    assert kgelu.bias_gelu_backward(torch.ones_like(x), x, None)[0].tolist() == [[0, 0, 0, 0.5, 1, 1, 1]]

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from pygpt.kernels import device, embedding, layer_norm
+from pygpt.kernels import attention, cross_entropy, device, embedding, gelu, layer_norm
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -38,7 +38,8 @@ class Cubin:
     registers: int
     spills: int  # bytes of local memory
     shared: int  # bytes
-    tensor_core: int  # HMMA and HGMMA instructions
+    hmma: int  # tensor-core instructions of a warp
+    hgmma: int  # those of a warpgroup, Hopper's
 
 
 class StandInDriver:
@@ -55,8 +56,8 @@ class StandInDriver:
 
 
 @functools.cache
-def read_cubin(cubin: bytes) -> tuple[int, int, int]:
-    """Registers a thread, bytes of local memory a thread, tensor-core instructions."""
+def read_cubin(cubin: bytes) -> tuple[int, int, int, int]:
+    """Registers a thread, bytes of local memory a thread, HMMA and HGMMA instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -68,7 +69,7 @@ def read_cubin(cubin: bytes) -> tuple[int, int, int]:
     if not (registers and stack and local):
         raise RuntimeError(f"cuobjdump printed something else than expected: {usage}")
     spills = int(stack[1]) + int(local[1])
-    return int(registers[1]), spills, len(re.findall(r"\b(?:HMMA|HGMMA)\.", sass))
+    return int(registers[1]), spills, len(re.findall(r"\bHMMA\.", sass)), len(re.findall(r"\bHGMMA\.", sass))
 
 
 def collect(cases: dict[str, Callable[[], Any]], architectures: list[int]) -> list[Cubin]:
@@ -82,8 +83,8 @@ def collect(cases: dict[str, Callable[[], Any]], architectures: list[int]) -> li
         constants = {k: v for k, v in options.items() if k != "enable_fp_fusion"}
         dtypes = [str(a.dtype).removeprefix("torch.") for a in args if hasattr(a, "dtype")]
         key = (self.__name__, device.assumed_architecture, f"{constants} {sorted(set(dtypes))}")
-        registers, spills, tensor_core = read_cubin(compiled.asm["cubin"])
-        cubin = Cubin(key[0], key[1], case, key[2], registers, spills, compiled.metadata.shared, tensor_core)
+        registers, spills, *tensor_core = read_cubin(compiled.asm["cubin"])
+        cubin = Cubin(key[0], key[1], case, key[2], registers, spills, compiled.metadata.shared, *tensor_core)
         if key not in found or found[key].spills < spills:
             found[key] = cubin
         return compiled
@@ -134,7 +135,53 @@ def embedding_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "768 f32", functools.partial(run, 768, torch.float32)
 
 
-CASES = {"layer_norm": layer_norm_cases, "embedding": embedding_cases}
+def attention_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    def run(D: int, dtype: torch.dtype, dropout: bool, documents: bool, T: int, backward: bool) -> None:
+        packed = meta(8, T, 3, 12, D, dtype=dtype)
+        q, k, v = packed.unbind(2)
+        if T == 1:  # decoding
+            k = v = meta(1, 1024, 12, D, dtype=dtype)
+            q = q[:1]
+        seed = meta(1, dtype=torch.int64) if dropout else None
+        starts = meta(8, T, dtype=torch.int32) if documents else None
+        p = 0.1 if dropout else 0.0
+        out, lse = attention.causal_attention_forward(q, k, v, 0.1, p, seed, starts)
+        if backward:
+            attention.causal_attention_backward(out, q, k, v, out, lse, 0.1, p, seed, starts)
+
+    bf16, f32 = torch.bfloat16, torch.float32
+    for D in (64, 128):
+        for dropout in (False, True):
+            yield f"D {D}{' dropout' if dropout else ''}", functools.partial(run, D, bf16, dropout, False, 1024, True)
+        yield f"D {D} decoding", functools.partial(run, D, bf16, False, False, 1, False)
+    yield "D 64 documents", functools.partial(run, 64, bf16, False, True, 1024, True)
+    yield "D 96", functools.partial(run, 96, bf16, False, False, 1024, True)
+    yield "D 256", functools.partial(run, 256, bf16, False, False, 1024, True)
+    yield "D 64 short", functools.partial(run, 64, bf16, False, False, 48, False)
+    yield "D 64 f32", functools.partial(run, 64, f32, True, False, 1024, True)
+
+
+def other_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    def loss(V: int, dtype: torch.dtype) -> None:
+        cross_entropy.loss_and_gradient_(meta(1024, V, dtype=dtype), meta(1024, dtype=torch.int64), True)
+
+    def activation(C: int, dtype: torch.dtype) -> None:
+        x, bias = meta(4096, C, dtype=dtype), meta(C, dtype=dtype)
+        gelu.bias_gelu_forward(x, bias)
+        gelu.bias_gelu_backward(x, x, bias)
+
+    for dtype in (torch.bfloat16, torch.float32):
+        yield f"loss 50257 {dtype}", functools.partial(loss, 50257, dtype)
+        yield f"gelu 3072 {dtype}", functools.partial(activation, 3072, dtype)
+    yield "loss 65", functools.partial(loss, 65, torch.bfloat16)
+
+
+CASES = {
+    "layer_norm": layer_norm_cases,
+    "embedding": embedding_cases,
+    "attention": attention_cases,
+    "cross_entropy and gelu": other_cases,
+}
 
 
 if __name__ == "__main__":

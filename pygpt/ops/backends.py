@@ -23,7 +23,7 @@ from pygpt.errors import InputError
 BACKENDS = ("eager", "cpp", "cuda", "triton")
 DEVICE_ORDER = {"cpu": ("cpp", "eager"), "cuda": ("cuda", "triton", "eager")}
 # The Triton kernels take any of these dtypes, so that their column is one line here instead of one in every op.
-TRITON_OPS = frozenset({"embedding", "layer_norm", "add_layer_norm", "causal_attention"})
+TRITON_OPS = frozenset({"embedding", "layer_norm", "add_layer_norm", "causal_attention", "linear_cross_entropy"})
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -72,7 +72,9 @@ def add_layer_norm(
 
 def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if x.dim() == 0 or weight.dim() != 1 or weight.shape[0] != x.shape[-1]:
-        raise InputError(f"{op}: weight must be (C,) for x (..., C), got weight {tuple(weight.shape)} and x {tuple(x.shape)}")
+        raise InputError(
+            f"{op}: weight must be (C,) for x (..., C), got weight {tuple(weight.shape)} and x {tuple(x.shape)}"
+        )
     if x.shape[-1] == 0:
         raise InputError(f"{op}: x {tuple(x.shape)} has an empty last dimension; there is nothing to normalise")
     if bias is not None and bias.shape != weight.shape:
