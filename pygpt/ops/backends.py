@@ -10,9 +10,10 @@ have no kernel in that column at all still run the reference.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType, TracebackType
 
 import torch
@@ -21,6 +22,7 @@ from pygpt.errors import InputError
 
 BACKENDS = ("eager", "cpp", "cuda", "triton")
 DEVICE_ORDER = {"cpu": ("cpp", "eager"), "cuda": ("cuda", "triton", "eager")}
+MINIMUM_CUDA_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,39 @@ def _load(module: str, missing: str) -> tuple[ModuleType | None, str]:
     return None, problem
 
 
+def _load_cuda(path: str | None, torch_cuda: str | None) -> str:
+    """Load the CUDA kernels' library; returns why not, or "". Loading touches no device."""
+    if path is None:
+        return "not built (no nvcc at install, or PYGPT_CUDA=off)"
+    if torch_cuda is None:
+        return f"built, but torch {torch.__version__} is a build without CUDA"
+    if extension is None:
+        return "built, but it needs pygpt._C, which is not there"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        problem = f"failed to load: {error}"
+        warnings.warn(f"{path} {problem}; running without it", stacklevel=2)
+        return problem
+    return ""
+
+
+def _cuda_device_problem() -> str:
+    """Why CUDA kernels cannot run on this machine. Asked late: it is the first thing that touches a device."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if torch.cuda.get_device_capability() < MINIMUM_CUDA_CAPABILITY:
+        return f"{torch.cuda.get_device_name()} is older than compute capability 8.0"
+    return ""
+
+
 extension, _cpp_problem = _load("pygpt._C", "not built (no C++ compiler at install, or PYGPT_BUILD_EXT=off)")
+_cuda_spec = importlib.util.find_spec("pygpt._cuda")
+_cuda_problem = _load_cuda(_cuda_spec.origin if _cuda_spec else None, torch.version.cuda)
 
 _columns: dict[str, Column] = {
     "cpp": Column("cpp", "cpu", _cpp_problem),
-    "cuda": Column("cuda", "cuda", "not built"),
+    "cuda": Column("cuda", "cuda", _cuda_problem),
     "triton": Column("triton", "cuda", "not built"),
 }
 _kernels: dict[str, dict[str, frozenset[torch.dtype]]] = {}  # op -> backend -> dtypes
@@ -77,7 +107,14 @@ def register(op: str, **dtypes: tuple[torch.dtype, ...]) -> None:
 
 def ready(backend: str) -> bool:
     """Whether a backend can run on this machine at all."""
-    return backend == "eager" or not _columns[backend].problem
+    return backend == "eager" or not problem(backend)
+
+
+def problem(backend: str) -> str:
+    """Why a backend cannot run on this machine; empty where it can."""
+    if backend == "cuda" and not _columns[backend].problem:
+        return _cuda_device_problem()
+    return _columns[backend].problem
 
 
 def choose(op: str, x: torch.Tensor) -> str:
@@ -140,7 +177,7 @@ def use_backend(name: str | None) -> _Restore:
     if name is not None and name not in BACKENDS:
         raise InputError(f"unknown backend '{name}': choose one of auto, {', '.join(BACKENDS)}")
     if name is not None and not ready(name):
-        raise InputError(f"backend '{name}' is not available: {_columns[name].problem}")
+        raise InputError(f"backend '{name}' is not available: {problem(name)}")
     previous, _forced = _forced, name
     return _Restore(previous)
 
@@ -188,8 +225,8 @@ def _why_not(op: str, device: str, backend: str) -> str:
     column = _columns[backend]
     if backend not in _kernels[op]:
         return "no kernel for this op"
-    if column.problem:
-        return column.problem
+    if problem(backend):
+        return problem(backend)
     if column.device != device:
         return f"runs on {column.device}"
     return f"'{_forced}' was asked for" if _forced else "another backend is preferred"
@@ -205,7 +242,7 @@ def _names(dtypes: frozenset[torch.dtype]) -> str:
 
 def columns() -> list[Column]:
     """The compiled and just-in-time backends and what became of loading each."""
-    return list(_columns.values())
+    return [replace(column, problem=problem(name)) for name, column in _columns.items()]
 
 
 if os.environ.get("PYGPT_BACKEND"):
