@@ -34,7 +34,7 @@ inline std::string shape_text(const char* op, const Tensor& x) {
 }
 
 // Makes x's device the current one for as long as it lives, and holds torch's current stream there.
-class OnDevice : public Launch {
+class __attribute__((visibility("hidden"))) OnDevice : public Launch {
  public:
   OnDevice(const char* op, const Tensor& x) : Launch{nullptr, 0, shape_text(op, x)}, guard_(device_of(x)) {
     const int device = device_of(x);
