@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import pygpt
-from pygpt.ops import backends
+from pygpt.ops import backends, choices
 
 CUDA = {column.name: column for column in backends.columns()}["cuda"]
 
@@ -48,6 +48,14 @@ def test_the_variable_is_an_error_where_cuda_cannot_run():
     assert "backend 'cuda' is not available" in run.stderr
 
 
+def test_auto_prefers_a_gpu_kernel_only_where_it_was_measured(monkeypatch: pytest.MonkeyPatch):
+    line = choices.Choice("layer_norm", (9, 0), "cuda", "a bench result")
+    monkeypatch.setattr(choices, "MEASURED", (line,))
+    assert choices.preferred("layer_norm", (9, 0)) == ("cuda", "eager")
+    assert choices.preferred("layer_norm", (8, 0)) == ("eager",)
+    assert choices.preferred("embedding", (9, 0)) == ("eager",)
+
+
 @pytest.mark.skipif(backends._cuda_spec is None, reason="pygpt/_cuda.so is not built (no nvcc at install)")
 @pytest.mark.skipif(backends.extension is None, reason="pygpt._C, which has the schemas, is not built")
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch loads the library itself")
@@ -60,7 +68,7 @@ def test_the_library_needs_nothing_but_the_stream_from_libtorch_cuda(tmp_path: P
     subprocess.run([compiler, "-shared", "-fPIC", "-o", tmp_path / "libtorch_cuda.so", stub], check=True)
     code = f"""
 import torch
-from pygpt.ops import backends
+from pygpt.ops import backends, choices
 assert backends._load_cuda({backends._cuda_spec.origin!r}, "13.0") == ""
 print(torch._C._dispatch_dump("pygpt::layer_norm_forward"))
 """

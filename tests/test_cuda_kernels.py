@@ -38,7 +38,7 @@ def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     return leaf(*shape, dtype=dtype, seed=seed).detach()
 
 
-# 1608: a row of several warps; 12,288: the widest row kept in registers; 12,296: the first beyond; 1023: no 16-byte loads
+# 1608: a row of several warps; 12,288: the widest kept in registers; 12,296: the first beyond; 1023: no 16-byte loads
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [*LAYER_NORM_SHAPES, (9, 72), (3, 1608), (2, 12288), (2, 12296), (2, 1023)], ids=str)
 def test_layer_norm(op, shape, dtype):
@@ -89,6 +89,59 @@ def test_layer_norm_large_mean_keeps_its_variance(op):
         x = random(4, C, dtype=torch.float32) + 3000.0
         y, _, _ = op.layer_norm_forward(x, torch.ones(C), None, 1e-5)
         assert_close(y, F.layer_norm(x.double(), (C,)), torch.bfloat16)
+
+
+# V below and above one digit of the sort; tokens in one tile and in several; C with and without 16-byte accesses.
+EMBEDDINGS = [
+    (1, 1, 1, 1),
+    (2, 3, 5, 8),
+    (3, 17, 300, 72),
+    (1, 40, 1, 16),
+    (2, 0, 5, 8),
+    (2, 700, 70000, 7),
+    (1, 33, 11, 2056),
+    (64, 2, 65536, 16),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", EMBEDDINGS, ids=str)
+def test_embedding(op, sizes, dtype):
+    B, T, V, C = sizes
+    offset = 2
+    generator = torch.Generator().manual_seed(B * T)
+    idx = torch.randint(V, (B, T), generator=generator)
+    idx = torch.where(torch.rand(B, T, generator=generator) < 0.4, V // 2, idx)  # one id in very many places
+    token, position, grad = (random(*s, dtype=dtype, seed=i) for i, s in enumerate([(V, C), (T + 3, C), (B, T, C)]))
+    out = op.embedding_forward(idx, token, position, offset)
+    assert_close(out, token.double()[idx] + position.double()[offset : offset + T], dtype, "out")
+    assert torch.equal(op.embedding_forward(idx, token, None, 0), token[idx])
+
+    for table_dtype in {dtype, torch.float32}:
+        start = random(V, C, dtype=table_dtype, seed=5), random(T + 3, C, dtype=table_dtype, seed=6)
+        grads = [g.clone() for g in start]
+        op.embedding_backward_(grad, idx, grads[0], grads[1], offset)
+        wanted = [g.double() for g in start]
+        wanted[0].index_put_((idx,), grad.double(), accumulate=True)
+        wanted[1][offset : offset + T] += grad.double().sum(0)
+        assert_close(grads[0], wanted[0], table_dtype, "token grad")
+        assert_close(grads[1], wanted[1], table_dtype, "position grad")
+        without = start[0].clone()
+        op.embedding_backward_(grad, idx, without, None, 0)
+        assert torch.equal(without, grads[0])
+
+
+def test_embedding_of_ids_out_of_range(op):
+    idx = torch.tensor([[0, -1, 4, 5, 2**40, 3]])
+    token, grad = random(5, 8, dtype=torch.float32), random(1, 6, 8, dtype=torch.float32, seed=1)
+    out = op.embedding_forward(idx, token, None, 0)[0]
+    assert torch.isnan(out[[1, 3, 4]]).all()
+    assert torch.equal(out[[0, 2, 5]], token[[0, 4, 3]])
+    token_grad = torch.zeros(5, 8)
+    op.embedding_backward_(grad, idx, token_grad, None, 0)
+    wanted = torch.zeros(5, 8)
+    wanted[[0, 4, 3]] = grad[0, [0, 2, 5]]
+    assert torch.equal(token_grad, wanted)
 
 
 def test_same_bits_under_every_order(library):

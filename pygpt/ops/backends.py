@@ -2,7 +2,8 @@
 
 A *backend* is a column of the grid: `eager` (the reference in plain PyTorch, always there), `cpp` (compiled CPU kernels,
 `pygpt._C`), `cuda` (compiled CUDA kernels, `pygpt._cuda`), `triton` (`pygpt.kernels`). By default each op takes the
-first backend of its device's order that has a kernel for the dtype, else `eager`. `use_backend` or the variable
+first backend of its device's order that has a kernel for the dtype, else `eager`; on a GPU the order is what measured
+fastest there (choices.py). `use_backend` or the variable
 PYGPT_BACKEND force one: then a dtype or device it cannot serve is an error, never a silent fallback, and only ops that
 have no kernel in that column at all still run the reference.
 """
@@ -19,9 +20,10 @@ from types import ModuleType, TracebackType
 import torch
 
 from pygpt.errors import InputError
+from pygpt.ops import choices
 
 BACKENDS = ("eager", "cpp", "cuda", "triton")
-DEVICE_ORDER = {"cpu": ("cpp", "eager"), "cuda": ("cuda", "triton", "eager")}
+CPU_ORDER = ("cpp", "eager")
 MINIMUM_CUDA_CAPABILITY = (8, 0)
 
 
@@ -129,7 +131,7 @@ def choose(op: str, x: torch.Tensor) -> str:
 def _resolve(op: str, device: str, dtype: torch.dtype, forced: str | None) -> str:
     kernels = _kernels[op]
     if forced is None:
-        for backend in DEVICE_ORDER.get(device, ()):
+        for backend in _order(op, device):
             if dtype in kernels.get(backend, ()) and ready(backend):
                 return backend
         return "eager"
@@ -147,6 +149,13 @@ def _resolve(op: str, device: str, dtype: torch.dtype, forced: str | None) -> st
             f"use one of these dtypes, or drop use_backend / PYGPT_BACKEND"
         )
     return forced
+
+
+def _order(op: str, device: str) -> tuple[str, ...]:
+    """The backends that `auto` tries for an op on a device, best first."""
+    if device == "cuda":
+        return choices.preferred(op, torch.cuda.get_device_capability())
+    return CPU_ORDER if device == "cpu" else ("eager",)
 
 
 class _Restore:
@@ -229,7 +238,9 @@ def _why_not(op: str, device: str, backend: str) -> str:
         return problem(backend)
     if column.device != device:
         return f"runs on {column.device}"
-    return f"'{_forced}' was asked for" if _forced else "another backend is preferred"
+    if _forced:
+        return f"'{_forced}' was asked for"
+    return "another backend is preferred" if backend in _order(op, device) else "not measured faster on this GPU"
 
 
 def _name(dtype: torch.dtype) -> str:

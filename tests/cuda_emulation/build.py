@@ -7,6 +7,7 @@ python tests/cuda_emulation/build.py [TARGET ...]
 from __future__ import annotations
 
 import fcntl
+import functools
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 FOLDER = ROOT / "build" / "cuda_emulation"
-OPERATORS = ["layer_norm"]  # each csrc/cuda/NAME.cu has its host side in NAME.cpp
+OPERATORS = ["layer_norm", "embedding"]  # each csrc/cuda/NAME.cu has its host side in NAME.cpp
 
 FLAGS = "-std=c++20 -fPIC -fno-strict-aliasing -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas"
 SANITIZERS = {
@@ -42,6 +43,7 @@ def missing() -> str:
     return f"the emulation is built with {' and '.join(lacking)}, which is not on PATH" if lacking else ""
 
 
+@functools.cache
 def build(*targets: str) -> list[Path]:
     """Build the named targets: emulation.so, faults_plain, run_kernels_asan, ... Returns their paths."""
     FOLDER.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cuda/embedding.h"
 #include "cuda/layer_norm.h"
 
 namespace {
@@ -23,6 +24,8 @@ struct Buffer {
   }
   ~Buffer() { free(data); }
   Buffer(const Buffer&) = delete;
+  template <class I>
+  static void set(I& to, float) { to = 0; }
   static void set(float& to, float x) { to = x; }
   static void set(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
   static void set(__half& to, float x) { to = __float2half_rn(x); }
@@ -39,6 +42,18 @@ void layer_norm(DType dtype, int64_t rows, int64_t C) {
                        grad_weight.data, grad_bias.data, partial.data, rows, C}, kAt);
 }
 
+template <class T>
+void embedding(DType dtype, int64_t B, int64_t T_, int64_t V, int64_t C) {
+  Buffer<T> token(V * C), position((T_ + 1) * C), out(B * T_ * C);
+  Buffer<int64_t> idx(B * T_);
+  for (int64_t i = 0; i < B * T_; ++i) idx.data[i] = rand() % 3 ? rand() % V : V / 2;
+  embedding_forward({dtype, idx.data, token.data, position.data, out.data, B * T_, T_, V, C, 1}, kAt);
+  Buffer<int32_t> keys(B * T_), keys2(B * T_), places(B * T_), places2(B * T_), counts(embedding_counts(B * T_));
+  Buffer<float> partial(embedding_chunks(B * T_) * 2 * C);
+  embedding_backward({dtype, dtype, idx.data, out.data, token.data, position.data, B * T_, T_, V, C, 1,
+                      {keys.data, keys2.data}, {places.data, places2.data}, counts.data, partial.data}, kAt);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -48,5 +63,8 @@ int main(int argc, char** argv) {
     layer_norm<__nv_bfloat16>(DType::bf16, rows, C);
   }
   puts("layer_norm");
+  embedding<float>(DType::f32, 2, 37, 300, 72);
+  embedding<__nv_bfloat16>(DType::bf16, 1, 1100, 7, 5);
+  puts("embedding");
   return 0;
 }
