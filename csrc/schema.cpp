@@ -9,6 +9,10 @@ STABLE_TORCH_LIBRARY(pygpt, m) {
   // idx (B, T) int64; token_table (V, C); position_table (P, C): out[b, t] = token_table[idx[b, t]]
   // + position_table[position_offset + t]
   m.def("embedding_forward(Tensor idx, Tensor token_table, Tensor? position_table, SymInt position_offset) -> Tensor");
+  // -> token_grad (token_rows, C), position_grad (position_rows, C; of 0 rows where position_rows is absent)
+  m.def(
+      "embedding_backward(Tensor grad, Tensor idx, SymInt token_rows, SymInt? position_rows, SymInt position_offset) "
+      "-> (Tensor, Tensor)");
   // Adds into token_grad (V, C) and position_grad (P, C), which may already hold gradients.
   m.def(
       "embedding_backward_(Tensor grad, Tensor idx, Tensor(a!) token_grad, Tensor(b!)? position_grad, "

@@ -71,7 +71,7 @@ def generate_tokens(
         for _ in range(max_new_tokens):
             if cache.length + step.shape[1] > block_size:
                 cache.length, step = 0, context[:, -max(1, block_size // 2) :]
-            logits = model.lm_head(model.hidden(step, cache)[:, -1])  # (B, V)
+            logits = model.lm_head(model.transformer(step, cache)[:, -1])  # (B, V)
             token = sample(logits, temperature, top_k, top_p, generator)
             if eos_id is not None:
                 token = token.masked_fill(done, eos_id)
@@ -89,7 +89,9 @@ def _check(
     model: GPT, idx: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
 ) -> None:
     if idx.dim() != 2 or idx.shape[1] == 0:
-        raise InputError(f"the prompt must be token ids (B, T) with T >= 1, got {tuple(idx.shape)}; start from end-of-text")
+        raise InputError(
+            f"the prompt must be token ids (B, T) with T >= 1, got {tuple(idx.shape)}; start from end-of-text"
+        )
     if idx.shape[1] > model.config.block_size:
         raise InputError(
             f"the prompt has {idx.shape[1]} tokens, more than the model's block_size ({model.config.block_size}); "

@@ -83,21 +83,45 @@ class GPTConfig:
         return replace(cls(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size), **changes)
 
 
+class Transformer(nn.Module):
+    """Everything but the head: token ids in, last hidden states out."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.wte = Embedding(config.vocab_size, config.n_embd)
+        self.wpe = Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
+        self.ln_f = LayerNorm(config.n_embd, bias=config.bias)
+
+    def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """idx (B, T) int64 -> (B, T, C). With a cache, idx continues what the cache holds."""
+        past, block_size = 0 if cache is None else cache.length, self.wpe.num_embeddings
+        if idx.dim() != 2:
+            raise InputError(f"token ids must be (B, T), got {tuple(idx.shape)}")
+        if idx.dtype not in (torch.int64, torch.int32):
+            raise InputTypeError(f"token ids must be int64, got {idx.dtype}")
+        if past + idx.shape[1] > block_size:
+            raise InputError(
+                f"a sequence of {past + idx.shape[1]} tokens is longer than block_size ({block_size}); "
+                f"shorten it, or use a model with a larger block_size"
+            )
+        x, residual = self.drop(self.wte(idx, self.wpe, past)), None  # (B, T, C)
+        for block in self.h:
+            x, residual = block(x, residual, cache)
+        x, _ = self.ln_f(x, residual)
+        if cache is not None:
+            cache.length += idx.shape[1]
+        return x
+
+
 class GPT(nn.Module):
     """Token and position embeddings, n_layer blocks, a final LayerNorm and a head tied to the token embedding."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": Embedding(config.vocab_size, config.n_embd),
-                "wpe": Embedding(config.block_size, config.n_embd),
-                "drop": nn.Dropout(config.dropout),
-                "h": nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
-                "ln_f": LayerNorm(config.n_embd, bias=config.bias),
-            }
-        )
+        self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
         self.apply(self._init_weights)
@@ -113,27 +137,6 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Token ids (B, T) -> the last hidden states (B, T, C), what the head reads. With a cache, idx continues it."""
-        past = 0 if cache is None else cache.length
-        if idx.dim() != 2:
-            raise InputError(f"token ids must be (B, T), got {tuple(idx.shape)}")
-        if idx.dtype not in (torch.int64, torch.int32):
-            raise InputTypeError(f"token ids must be int64, got {idx.dtype}")
-        if past + idx.shape[1] > self.config.block_size:
-            raise InputError(
-                f"a sequence of {past + idx.shape[1]} tokens is longer than block_size ({self.config.block_size}); "
-                f"shorten it, or use a model with a larger block_size"
-            )
-        x = self.transformer.wte(idx, self.transformer.wpe, past)  # (B, T, C)
-        x, residual = self.transformer.drop(x), None
-        for block in self.transformer.h:
-            x, residual = block(x, residual, cache)
-        x, _ = self.transformer.ln_f(x, residual)
-        if cache is not None:
-            cache.length += idx.shape[1]
-        return x
-
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, return_logits: bool = False
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -143,7 +146,7 @@ class GPT(nn.Module):
         (logits (B, T, vocab), None) without targets, (None, loss) with them, and both with return_logits=True. loss is
         the mean cross-entropy in nats. Raises InputError for a sequence longer than block_size or an unknown token id.
         """
-        x = self.hidden(idx)
+        x = self.transformer(idx)
         if targets is None:
             return self.lm_head(x), None
         if targets.shape != idx.shape:

@@ -58,7 +58,9 @@ def load(path: str | Path) -> GPT:
     expected = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     missing = [name for name in expected if name not in state]
     if missing:
-        raise InputError(f"'{folder}': the weights lack {len(missing)} tensors, the first is {missing[0]}; not a GPT-2 model?")
+        raise InputError(
+            f"'{folder}': the weights lack {len(missing)} tensors, the first is {missing[0]}; not a GPT-2 model?"
+        )
     weights: dict[str, Tensor] = {}
     for name, wanted in expected.items():
         tensor = state[name].t() if name.endswith(TRANSPOSED) else state[name]

@@ -49,10 +49,12 @@
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2,popcnt,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,prefer-vector-width=512")
 #define PYGPT_ISA avx512_bf16
 #define PYGPT_LANES 16
+#define PYGPT_AVX512_BF16 1  // the pragma does not define the compiler's own macro in C++ (GCC 12)
 #include "cpu/simd.h"
 #include PYGPT_KERNELS
 #undef PYGPT_ISA
 #undef PYGPT_LANES
+#undef PYGPT_AVX512_BF16
 #pragma GCC pop_options
 
 #endif  // PYGPT_X86_LEVELS

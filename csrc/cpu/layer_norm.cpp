@@ -42,16 +42,16 @@ void forward(const Tensor& x, const T* residual, const float* weight, const floa
 std::tuple<Tensor, Tensor, Tensor, Tensor> any_forward(Tensor x, std::optional<Tensor> residual, Tensor weight,
                                                        std::optional<Tensor> bias, double eps, const char* op) {
   check(x, weight, op);
-  x = torch::stable::contiguous(x);
+  x = as_contiguous(x);
   if (residual) {
     PYGPT_CHECK(residual->scalar_type() == x.scalar_type() && residual->numel() == x.numel(), op,
                 ": x and residual must have the same shape and dtype");
-    residual = torch::stable::contiguous(*residual);
+    residual = as_contiguous(*residual);
   }
-  weight = torch::stable::contiguous(to_dtype(weight, ScalarType::Float));
-  if (bias) bias = torch::stable::contiguous(to_dtype(*bias, ScalarType::Float));
+  weight = as_contiguous(to_dtype(weight, ScalarType::Float));
+  if (bias) bias = as_contiguous(to_dtype(*bias, ScalarType::Float));
   const int64_t C = weight.size(0), rows = C ? x.numel() / C : 0;
-  Tensor y = torch::stable::empty_like(x), sum = residual ? torch::stable::empty_like(x) : new_empty(x, {0}, x.scalar_type());
+  Tensor y = new_like(x), sum = residual ? new_like(x) : new_empty(x, {0}, x.scalar_type());
   Tensor mean = new_empty(x, {rows}, ScalarType::Float), rstd = new_empty(x, {rows}, ScalarType::Float);
   const auto run = [&]<class T>(T) {
     forward<T>(x, residual ? static_cast<const T*>(residual->const_data_ptr()) : nullptr,
@@ -95,14 +95,14 @@ std::tuple<Tensor, Tensor, Tensor> any_backward(Tensor grad, std::optional<Tenso
   check(x, weight, op);
   const auto dtype = x.scalar_type();
   PYGPT_CHECK(grad.scalar_type() == dtype && grad.numel() == x.numel(), op, ": grad must match x in shape and dtype");
-  grad = torch::stable::contiguous(grad);
-  x = torch::stable::contiguous(x);
-  if (grad_sum) grad_sum = torch::stable::contiguous(*grad_sum);
+  grad = as_contiguous(grad);
+  x = as_contiguous(x);
+  if (grad_sum) grad_sum = as_contiguous(*grad_sum);
   const auto weight_dtype = weight.scalar_type();
-  weight = torch::stable::contiguous(to_dtype(weight, ScalarType::Float));
+  weight = as_contiguous(to_dtype(weight, ScalarType::Float));
   const int64_t C = weight.size(0), rows = C ? x.numel() / C : 0;
   const int64_t chunks = std::clamp<int64_t>(x.numel() / kMinChunkElements, 1, std::min(std::max<int64_t>(rows, 1), kMaxChunks));
-  Tensor grad_x = torch::stable::empty_like(x);
+  Tensor grad_x = new_like(x);
   Tensor partial_weight = new_zeros(x, {chunks, C}, ScalarType::Float);
   Tensor partial_bias = new_zeros(x, {chunks, has_bias ? C : 0}, ScalarType::Float);
   const auto run = [&]<class T>(T) {

@@ -1,5 +1,15 @@
 """The operators. Each call checks its arguments and goes to the backend that `backends.choose` names."""
 
+from pygpt.ops.attention import causal_attention
+from pygpt.ops.cross_entropy import linear_cross_entropy
+from pygpt.ops.embedding import embedding, embedding_backward_
 from pygpt.ops.layer_norm import add_layer_norm, layer_norm
 
-__all__ = ["add_layer_norm", "layer_norm"]
+__all__ = [
+    "add_layer_norm",
+    "causal_attention",
+    "embedding",
+    "embedding_backward_",
+    "layer_norm",
+    "linear_cross_entropy",
+]

@@ -256,5 +256,16 @@ def columns() -> list[Column]:
     return [replace(column, problem=problem(name)) for name, column in _columns.items()]
 
 
+def build_info() -> dict[str, str]:
+    """What was built and what this machine offers it: the head of `pygpt info`."""
+    info = {"torch": torch.__version__, "threads": str(torch.get_num_threads())}
+    if extension is None:
+        return info | {"compiled kernels": f"none: {_cpp_problem}"}
+    return info | {
+        "compiled kernels": f"pygpt._C {extension.version}, built with torch {extension.built_with_torch}",
+        "CPU capability": f"{extension.cpu_capability()} (of {', '.join(extension.available_cpu_capabilities())})",
+    }
+
+
 if os.environ.get("PYGPT_BACKEND"):
     use_backend(os.environ["PYGPT_BACKEND"])

@@ -23,9 +23,7 @@ backends.register("linear_cross_entropy")  # no compiled kernel: the chunks belo
 CHUNK_BYTES = 64 << 20  # float32 logits held at a time
 
 
-def linear_cross_entropy_reference(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100
-) -> Tensor:
+def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
     """Plain PyTorch with the whole logits, in float32 for half-precision inputs."""
     logits = F.linear(hidden, weight)
     if logits.dtype in (torch.bfloat16, torch.float16):
@@ -50,11 +48,15 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> None:
     op = "linear_cross_entropy"
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise InputError(f"{op}: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be (N, C) and (V, C)")
+        raise InputError(
+            f"{op}: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be (N, C) and (V, C)"
+        )
     if targets.shape != hidden.shape[:1]:
         raise InputError(f"{op}: targets {tuple(targets.shape)} must be (N,) for hidden {tuple(hidden.shape)}")
     if not hidden.dtype.is_floating_point or weight.dtype != hidden.dtype:
-        raise InputTypeError(f"{op}: hidden ({hidden.dtype}) and weight ({weight.dtype}) must share a floating-point dtype")
+        raise InputTypeError(
+            f"{op}: hidden ({hidden.dtype}) and weight ({weight.dtype}) must share a floating-point dtype"
+        )
     if targets.dtype != torch.int64:
         raise InputTypeError(f"{op}: targets are {targets.dtype}; they must be int64")
     check_device(op, hidden, weight=weight, targets=targets)
@@ -102,7 +104,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
         # The usual upstream gradient is exactly 1; looking is free on a CPU and would stop the stream on a GPU.
-        if grad.device.type == "cpu" and grad.item() == 1.0:
-            return *ctx.saved_tensors, None, None
-        return *(None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors), None, None
+        if grad.device.type != "cpu" or grad.item() != 1.0:
+            grad_hidden = None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype)
+            grad_weight = None if grad_weight is None else grad_weight * grad.to(grad_weight.dtype)
+        return grad_hidden, grad_weight, None, None

@@ -1,0 +1,37 @@
+# Everything runs in a virtual environment of its own, $(VENV); nothing outside this folder is touched.
+# TORCH is what a new environment gets. Any torch >= 2.10 works: `make test TORCH="torch==2.11.0"`.
+VENV ?= .venv
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
+
+.PHONY: demo test bench lint clean
+
+demo: $(VENV)/.train            ## pretrain a small GPT on Python's standard library and print a sample
+	$(BIN)/pygpt info
+	$(BIN)/pygpt prepare --out data/stdlib
+	$(BIN)/pygpt pretrain --data data/stdlib --out runs/demo
+
+test: $(VENV)/.test             ## every test
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+lint: $(VENV)/.dev              ## formatting, lint, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.bench           ## every op and the model against eager PyTorch; writes bench/results/
+	$(BIN)/python -m pytest bench
+
+clean:
+	rm -rf $(VENV) build
+
+# One stamp file per set of extras: .train, .test, .bench, .dev. Building without isolation compiles against the torch
+# that the environment has, instead of downloading another one to build with.
+$(VENV)/.%: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q "$(TORCH)" "scikit-build-core>=0.10" "pybind11>=2.12" cmake ninja
+	$(PIP) install -q --no-build-isolation -e ".[$*]"
+	@touch $@

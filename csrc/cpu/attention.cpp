@@ -1,0 +1,191 @@
+// causal_attention on the CPU: checks, threads and registration. The arithmetic is attention_*kernel.h.
+
+#include "cpu/attention.h"
+
+#include <algorithm>
+
+#include "cpu/tensor.h"
+
+#define PYGPT_KERNELS "cpu/attention_backward_kernel.h"
+#include "cpu/foreach_isa.h"
+
+namespace pygpt {
+namespace {
+
+// Floating-point operations a thread takes at least: with less, waking it costs more than it saves.
+constexpr double kMinOperations = 2e6;
+
+int64_t threads_for(double operations) {
+  return std::clamp<int64_t>(static_cast<int64_t>(operations / kMinOperations), 1, torch::stable::get_num_threads());
+}
+
+// First of the work items of thread `part` of `parts`. Items are (head, block), block i costing cost(i). No result
+// depends on where the bounds lie.
+template <class Cost>
+int64_t bound(int64_t heads, int64_t blocks, int64_t part, int64_t parts, const Cost& cost) {
+  int64_t per_head = 0;
+  for (int64_t i = 0; i < blocks; ++i) per_head += cost(i);
+  if (part == parts || per_head == 0) return part == parts ? heads * blocks : 0;
+  int64_t target = heads * per_head / parts * part + heads * per_head % parts * part / parts, i = 0;
+  const int64_t head = target / per_head;
+  for (target %= per_head; target > 0 && target >= cost(i) / 2; ++i) target -= cost(i);
+  return head * blocks + i;
+}
+
+void check(const Tensor& q, const Tensor& k, const Tensor& v, double dropout_p, const std::optional<Tensor>& seed,
+           const char* op) {
+  PYGPT_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, op, ": q, k, v must be (B, T or S, H, D)");
+  for (int i = 0; i < 4; ++i)
+    PYGPT_CHECK(k.size(i) == v.size(i) && (i == 1 ? k.size(i) >= q.size(i) : k.size(i) == q.size(i)), op,
+                ": q must be (B, T, H, D) and k, v (B, S, H, D) with S >= T");
+  PYGPT_CHECK(q.size(3) >= 1 && q.size(3) <= 256, op, ": the head dimension must be 1 to 256");
+  PYGPT_CHECK(q.scalar_type() == ScalarType::Float || q.scalar_type() == ScalarType::BFloat16, op,
+              ": q must be float32 or bfloat16");
+  PYGPT_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), op,
+              ": q, k, v must have the same dtype");
+  PYGPT_CHECK(dropout_p >= 0 && dropout_p < 1, op, ": dropout_p must be in [0, 1)");
+  PYGPT_CHECK(dropout_p == 0 || (seed && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long), op,
+              ": dropout needs a seed, int64 of shape (1,)");
+}
+
+AttentionShape shape_of(const Tensor& q, const Tensor& k, double scale, double dropout_p, const std::optional<Tensor>& seed) {
+  AttentionShape shape{q.size(0), q.size(1), q.size(2), k.size(1), q.size(3), static_cast<float>(scale), {}};
+  if (dropout_p > 0) {
+    const uint64_t key = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
+    shape.dropout = {true,
+                     static_cast<uint32_t>(dropout_p * 4294967296.0),
+                     static_cast<float>(1 / (1 - dropout_p)),
+                     {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)}};
+  }
+  return shape;
+}
+
+Tensor unit_stride(const Tensor& x) { return x.stride(3) == 1 || x.size(3) == 1 ? x : torch::stable::contiguous(x); }
+
+template <class T>
+HeadView<const T> view(const Tensor& x) {
+  return {static_cast<const T*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+Tensor workspace(const Tensor& like, int64_t floats) { return new_empty(like, {floats}, ScalarType::Float); }
+
+template <class T>
+void forward(const AttentionShape& shape, const Tensor& q, const Tensor& k, const Tensor& v, T* out, float* lse) {
+  const int64_t heads = shape.B * shape.H, blocks = shape.query_blocks(), size = shape.forward_workspace();
+  const auto cost = [&](int64_t block) { return shape.key_blocks_seen(block); };
+  const int64_t parts = threads_for(4.0 * heads * shape.T * (shape.S - shape.T / 2) * shape.D);
+  Tensor space = workspace(q, parts * size);
+  float* base = space.mutable_data_ptr<float>();
+  const auto kernel = PYGPT_DISPATCH(attention_forward<T>);
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part)
+      kernel(shape, view<T>(q), view<T>(k), view<T>(v), out, lse, base + part * size,
+             bound(heads, blocks, part, parts, cost), bound(heads, blocks, part + 1, parts, cost));
+  });
+}
+
+template <class T>
+void decode(const AttentionShape& shape, const Tensor& q, const Tensor& k, const Tensor& v, T* out, float* lse) {
+  const int64_t heads = shape.B * shape.H, items = heads * shape.decode_chunks();
+  Tensor space = workspace(q, items * shape.decode_workspace());
+  float* base = space.mutable_data_ptr<float>();
+  const int64_t grain = items / threads_for(16.0 * heads * shape.S * shape.D);
+  const auto kernel = PYGPT_DISPATCH(attention_decode<T>);
+  torch::stable::parallel_for(0, items, std::max<int64_t>(grain, 1), [&](int64_t first, int64_t last) {
+    kernel(shape, view<T>(q), view<T>(k), view<T>(v), base, first, last);
+  });
+  PYGPT_DISPATCH(attention_decode_join<T>)(shape, base, out, lse, 0, heads);
+}
+
+std::tuple<Tensor, Tensor> causal_attention_forward(Tensor q, Tensor k, Tensor v, double scale, double dropout_p,
+                                                    std::optional<Tensor> seed) {
+  check(q, k, v, dropout_p, seed, "causal_attention_forward");
+  q = unit_stride(q), k = unit_stride(k), v = unit_stride(v);
+  const AttentionShape shape = shape_of(q, k, scale, dropout_p, seed);
+  Tensor out = new_empty(q, {shape.B, shape.T, shape.H, shape.D}, q.scalar_type());
+  Tensor lse = new_empty(q, {shape.B, shape.H, shape.T}, ScalarType::Float);
+  const auto run = [&]<class T>(T) {
+    const auto path = shape.T <= kDecodeQueries ? decode<T> : forward<T>;
+    path(shape, q, k, v, static_cast<T*>(out.mutable_data_ptr()), lse.mutable_data_ptr<float>());
+  };
+  if (lse.numel()) q.scalar_type() == ScalarType::Float ? run(float{}) : run(bf16{});
+  return {out, lse};
+}
+
+// Whole heads in parallel, five products per tile; or, where that would leave threads idle, blocks of keys and then
+// blocks of queries, seven products per tile. The bits are the same: see attention_backward_kernel.h.
+template <class T>
+void backward(const AttentionShape& shape, const BackwardInputs<T>& in, const BackwardOutputs<T>& out, const Tensor& like) {
+  const int64_t heads = shape.B * shape.H, q_blocks = shape.query_blocks(), k_blocks = shape.key_blocks();
+  const int64_t size = shape.backward_workspace();
+  const int64_t threads = threads_for(10.0 * heads * shape.T * (shape.S - shape.T / 2) * shape.D);
+  const auto kernel = PYGPT_DISPATCH(attention_backward<T>);
+  const bool by_head = 5 * ((heads + threads - 1) / threads) * threads <= 7 * heads;
+  const int64_t parts = by_head ? std::min(threads, heads) : threads;
+  Tensor space = workspace(like, parts * size);
+  float* base = space.mutable_data_ptr<float>();
+  if (by_head) {
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+      for (int64_t part = first; part < last; ++part)
+        for (int64_t head = heads * part / parts; head < heads * (part + 1) / parts; ++head)
+          kernel(shape, in, out, base + part * size, head, {0, k_blocks}, {0, q_blocks});
+    });
+    return;
+  }
+  const auto in_blocks = [&](int64_t blocks, const auto& cost, const auto& run) {
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+      for (int64_t part = first; part < last; ++part) {
+        const int64_t end = bound(heads, blocks, part + 1, parts, cost);
+        for (int64_t item = bound(heads, blocks, part, parts, cost); item < end;) {
+          const int64_t head = item / blocks, count = std::min(blocks - item % blocks, end - item);
+          run(base + part * size, head, Range{item % blocks, item % blocks + count});
+          item += count;
+        }
+      }
+    });
+  };
+  in_blocks(k_blocks, [&](int64_t block) { return q_blocks - shape.first_query_block(block); },
+            [&](float* space, int64_t head, Range range) {
+              kernel(shape, in, {nullptr, out.k, out.v}, space, head, range, {0, q_blocks});
+            });
+  in_blocks(q_blocks, [&](int64_t block) { return shape.key_blocks_seen(block); },
+            [&](float* space, int64_t head, Range range) {
+              kernel(shape, in, {out.q, nullptr, nullptr}, space, head, {0, shape.key_blocks_seen(range.end - 1)}, range);
+            });
+}
+
+std::tuple<Tensor, Tensor, Tensor> causal_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+                                                             double scale, double dropout_p, std::optional<Tensor> seed) {
+  const char* op = "causal_attention_backward";
+  check(q, k, v, dropout_p, seed, op);
+  const auto dtype = q.scalar_type();
+  const AttentionShape shape = shape_of(q, k, scale, dropout_p, seed);
+  for (const Tensor* x : {&grad, &out}) {
+    PYGPT_CHECK(x->dim() == 4 && x->scalar_type() == dtype, op, ": grad and out must be like q");
+    for (int i = 0; i < 4; ++i) PYGPT_CHECK(x->size(i) == q.size(i), op, ": grad and out must be like q");
+  }
+  PYGPT_CHECK(lse.scalar_type() == ScalarType::Float && lse.numel() == shape.B * shape.H * shape.T, op,
+              ": lse must be float32 (B, H, T)");
+  q = unit_stride(q), k = unit_stride(k), v = unit_stride(v), grad = unit_stride(grad);
+  out = torch::stable::contiguous(out), lse = torch::stable::contiguous(lse);
+  Tensor grad_q = new_empty(q, {shape.B, shape.T, shape.H, shape.D}, dtype);
+  Tensor grad_k = new_empty(q, {shape.B, shape.S, shape.H, shape.D}, dtype);
+  Tensor grad_v = new_empty(q, {shape.B, shape.S, shape.H, shape.D}, dtype);
+  const auto run = [&]<class T>(T) {
+    backward<T>(shape, {view<T>(q), view<T>(k), view<T>(v), view<T>(grad), static_cast<const T*>(out.const_data_ptr()),
+                        lse.const_data_ptr<float>()},
+                {static_cast<T*>(grad_q.mutable_data_ptr()), static_cast<T*>(grad_k.mutable_data_ptr()),
+                 static_cast<T*>(grad_v.mutable_data_ptr())}, q);
+  };
+  if (grad_k.numel()) dtype == ScalarType::Float ? run(float{}) : run(bf16{});
+  return {grad_q, grad_k, grad_v};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pygpt, CPU, m) {
+  m.impl("causal_attention_forward", TORCH_BOX(&causal_attention_forward));
+  m.impl("causal_attention_backward", TORCH_BOX(&causal_attention_backward));
+}
+
+}  // namespace pygpt

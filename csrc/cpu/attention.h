@@ -1,0 +1,79 @@
+// What attention.cpp and the kernels of every instruction set share: the description of one call.
+#pragma once
+
+#include <cstdint>
+
+namespace pygpt {
+
+// Queries and keys are taken in blocks of 64: K and V of a block (64 x 64 floats each) fit the first-level cache.
+constexpr int64_t kAttentionBlock = 64;
+// With at most this many queries nothing is packed: keys and values are read once, as they lie.
+constexpr int64_t kDecodeQueries = 4;
+// Keys of one work item of that path.
+constexpr int64_t kDecodeKeys = 256;
+
+// A (batch, time, head, D) tensor of unit stride in D; strides in elements.
+template <class T>
+struct HeadView {
+  T* data;
+  int64_t batch, time, head;
+};
+
+struct Dropout {
+  bool on;
+  uint32_t threshold;  // an element is dropped if its random word is below this
+  float inverse_keep;  // 1 / (1 - p)
+  uint32_t key[2];
+};
+
+struct AttentionShape {
+  int64_t B, T, H, S, D;
+  float scale;
+  Dropout dropout;
+
+  // Row length of every packed buffer, in floats: the columns beyond D are zero.
+  int64_t width() const { return (D + 31) / 32 * 32; }
+  int64_t query_blocks() const { return (T + kAttentionBlock - 1) / kAttentionBlock; }
+  int64_t key_blocks() const { return (S + kAttentionBlock - 1) / kAttentionBlock; }
+  int64_t decode_chunks() const { return (S + kDecodeKeys - 1) / kDecodeKeys; }
+  // Key blocks that a block of queries sees, wholly or in part.
+  int64_t key_blocks_seen(int64_t query_block) const {
+    const int64_t end = query_block * kAttentionBlock + kAttentionBlock;
+    return ((end < T ? end : T) + S - T + kAttentionBlock - 1) / kAttentionBlock;
+  }
+  // The first block of queries that sees a block of keys.
+  int64_t first_query_block(int64_t key_block) const {
+    const int64_t query = key_block * kAttentionBlock - (S - T);
+    return query > 0 ? query / kAttentionBlock : 0;
+  }
+
+  // Floats of workspace per thread, or per work item for decode: forward, backward, decode.
+  int64_t forward_workspace() const {
+    return (2 * key_blocks() + 2) * kAttentionBlock * width() + kAttentionBlock * (8 + 16 + 1) + 64;
+  }
+  int64_t backward_workspace() const {
+    return (3 * query_blocks() + 5) * kAttentionBlock * width() + 2 * query_blocks() * kAttentionBlock +
+           (16 + 3 * kAttentionBlock) * kAttentionBlock;
+  }
+  int64_t decode_workspace() const { return T * (width() + 2); }
+};
+
+template <class T>
+struct BackwardInputs {
+  HeadView<const T> q, k, v, grad;
+  const T* out;      // (B, T, H, D)
+  const float* lse;  // (B, H, T)
+};
+
+// Gradients, (B, T or S, H, D); null where a call is not to compute them.
+template <class T>
+struct BackwardOutputs {
+  T *q, *k, *v;
+};
+
+// Blocks begin .. end of 64 queries or keys.
+struct Range {
+  int64_t begin, end;
+};
+
+}  // namespace pygpt

@@ -1,0 +1,211 @@
+// Backward of causal attention for one instruction set (see foreach_isa.h), after FlashAttention-2 (Dao, 2023): scores
+// and probabilities are computed again per 64 x 64 tile from the saved log-sum-exp.
+//
+// With P the probabilities, Z the dropout mask over 1 - p (or 1), o the element-wise product:
+//   dV = (P o Z)^T dO,   dP = Z o (dO V^T),   dS = P o (dP - delta),   delta = rowsum(dO o O)
+//   dQ = scale dS K,     dK = scale dS^T Q
+// A block's sums run over the other blocks in ascending order, whichever range a call is given: hence the same bits
+// however the work is divided.
+
+#include "cpu/attention_decode_kernel.h"
+
+namespace pygpt::PYGPT_ISA {
+
+// Where the parts of the workspace lie. rows: first operands (T x width / kPair); summed: second operands.
+struct BackwardBuffers {
+  float *query_rows, *grad_rows, *query_summed, *grad_summed, *grad_q, *lse2, *delta;   // of the head
+  float *key_panel, *value_panel, *key_summed, *grad_k, *grad_v;                        // of a block of keys
+  float *scores, *grad_p;                    // (kRows x kBlock)
+  float *p_across, *ds_across, *ds_rows;     // of a tile: P and dS by pairs of queries, dS by pairs of keys
+};
+
+template <class T>
+static BackwardBuffers lay_out(const AttentionShape& shape, float* at) {
+  constexpr int P = kPair<T>;
+  BackwardBuffers w;
+  const int64_t block = kBlock * shape.width(), whole = shape.query_blocks() * block;
+  w.query_rows = at, at += whole / P;
+  w.grad_rows = at, at += whole / P;
+  w.query_summed = w.query_rows, w.grad_summed = w.grad_rows;
+  if (P == 2) {
+    w.query_summed = at, at += whole / P;
+    w.grad_summed = at, at += whole / P;
+  }
+  w.grad_q = at, at += whole;
+  w.key_panel = at, at += block;
+  w.value_panel = at, at += block;
+  w.key_summed = at, at += block;
+  w.grad_k = at, at += block;
+  w.grad_v = at, at += block;
+  w.scores = at, at += 8 * kBlock;
+  w.grad_p = at, at += 8 * kBlock;
+  w.p_across = at, at += kBlock * kBlock;
+  w.ds_across = at, at += kBlock * kBlock;
+  w.ds_rows = w.ds_across;
+  if (P == 2) w.ds_rows = at;
+  at += kBlock * kBlock;
+  w.lse2 = at, at += shape.query_blocks() * kBlock;
+  w.delta = at;
+  return w;
+}
+
+// Packs the queries' side of a head for some blocks of queries; rows beyond the last query are zero.
+template <class T>
+static void pack_queries(const AttentionShape& shape, const BackwardInputs<T>& in, const BackwardBuffers& w, int64_t head,
+                         Range blocks) {
+  constexpr int P = kPair<T>;
+  const int64_t b = head / shape.H, h = head % shape.H, D = shape.D, width = shape.width(), units = width / P;
+  const int64_t first = blocks.begin * kBlock, end = blocks.end * kBlock, last = smaller(shape.T, end), rows = last - first;
+  if (rows <= 0) return;
+  const T* q = in.q.data + b * in.q.batch + h * in.q.head + first * in.q.time;
+  const T* grad = in.grad.data + b * in.grad.batch + h * in.grad.head + first * in.grad.time;
+  pack_rows(q, in.q.time, rows, D, width, w.query_rows + first * units);
+  pack_rows(grad, in.grad.time, rows, D, width, w.grad_rows + first * units);
+  std::memset(w.query_rows + last * units, 0, (end - last) * units * sizeof(float));
+  std::memset(w.grad_rows + last * units, 0, (end - last) * units * sizeof(float));
+  if (P == 2) {
+    pack_summed_rows(q, in.q.time, rows, D, width, w.query_summed + first / P * width);
+    pack_summed_rows(grad, in.grad.time, rows, D, width, w.grad_summed + first / P * width);
+  }
+  for (int64_t t = first; t < end; ++t, grad += in.grad.time) {
+    vf sum = {};
+    if (t < last) {
+      const T* out = in.out + ((b * shape.T + t) * shape.H + h) * D;
+      PYGPT_FOR_LANES(D, sum += load_step(out + i, n) * load_step(grad + i, n);)
+    }
+    w.delta[t] = reduce_add(sum);
+    w.lse2[t] = t < last ? in.lse[head * shape.T + t] * kLog2E : 0;
+  }
+}
+
+// P and dS of one query for the first `columns` keys of a block, of which it sees `count`; the rest of the row is zero.
+// p is P o Z without the factor 1 / (1 - p), which waits until the end. In place: p over scores, ds over grad_p.
+template <class T>
+PYGPT_INLINE void softmax_backward_row(const AttentionShape& shape, float* scores, float* grad_p, int64_t columns,
+                                       int64_t count, float lse2, float delta, const vi* keep) {
+  const float scale = shape.scale * kLog2E, inverse_keep = shape.dropout.inverse_keep;
+  const vf zero = {};
+  for (int64_t j = 0; j < columns; j += kLanes) {
+    vf p = softmax_exp2<T>(load(scores + j) * scale - lse2), dp = load(grad_p + j);
+    if (j + kLanes > count) p = visible(p, j, count, zero);
+    vf dropped = p;
+    if (keep) {
+      dropped = keep[j / kLanes] ? p : zero;
+      dp = keep[j / kLanes] ? dp * inverse_keep : zero;
+    }
+    vf ds = p * (dp - delta);
+    if (j + kLanes > count) ds = visible(ds, j, count, zero);  // 0 * NaN of a key that the query does not see
+    store(scores + j, dropped);
+    store(grad_p + j, ds);
+  }
+  for (int64_t j = columns; j < kBlock; j += kLanes) store(scores + j, zero), store(grad_p + j, zero);
+}
+
+// Copies a group's P and dS from the scratch rows to the tile, rows r .. r + kRows.
+template <int P>
+PYGPT_INLINE void store_group(const BackwardBuffers& w, int64_t r) {
+  for (int i = 0; i < kRows; i += P)
+    for (int64_t j = 0; j < kBlock; j += kLanes) {
+      const vf p = load(w.scores + i * kBlock + j), ds = load(w.grad_p + i * kBlock + j);
+#ifdef PYGPT_AVX512_BF16
+      if constexpr (P == 2) {
+        store(w.p_across + (r + i) / 2 * kBlock + j, pair_across(p, load(w.scores + (i + 1) * kBlock + j)));
+        store(w.ds_across + (r + i) / 2 * kBlock + j, pair_across(ds, load(w.grad_p + (i + 1) * kBlock + j)));
+        continue;
+      }
+#endif
+      store(w.p_across + (r + i) * kBlock + j, p);
+      store(w.ds_across + (r + i) * kBlock + j, ds);
+    }
+#ifdef PYGPT_AVX512_BF16
+  if constexpr (P == 2)
+    for (int i = 0; i < kRows; ++i)
+      for (int64_t j = 0; j < kBlock; j += 2 * kLanes)
+        store(w.ds_rows + (r + i) * (kBlock / 2) + j / 2,
+              pair_along(load(w.grad_p + i * kBlock + j), load(w.grad_p + i * kBlock + j + kLanes)));
+#endif
+}
+
+// One 64 x 64 tile: queries q0 .. q0 + 64, keys k0 .. k0 + 64.
+template <class T>
+static void backward_tile(const AttentionShape& shape, const BackwardBuffers& w, int64_t head, int64_t q0, int64_t k0,
+                          bool want_keys, bool want_queries) {
+  constexpr int P = kPair<T>;
+  const int64_t D = shape.D, width = shape.width(), stride = width / P, units = (D + P - 1) / P;
+  const int64_t rows = smaller(kBlock, shape.T - q0), keys = smaller(kBlock, shape.S - k0);
+  const int64_t count = q0 + shape.S - shape.T + 1 - k0;  // keys of this block that query q0 sees
+  const int64_t first = count > 0 ? 0 : 1 - count;        // the first query that sees any
+  for (int64_t r = first / kRows * kRows; r < rows; r += kRows) {
+    const int64_t columns = round_up(smaller(keys, count + r + kRows - 1), kLanes);
+    product<P, false, Into::assign>(w.query_rows + (q0 + r) * stride, stride, w.key_panel, kBlock, w.scores, kBlock,
+                                       units, columns);
+    product<P, false, Into::assign>(w.grad_rows + (q0 + r) * stride, stride, w.value_panel, kBlock, w.grad_p, kBlock,
+                                       units, columns);
+    for (int i = 0; i < kRows; ++i) {
+      vi keep[kBlock / kLanes];
+      if (shape.dropout.on) dropout_keep(shape.dropout, head, q0 + r + i, k0 / kBlock, keep);
+      softmax_backward_row<T>(shape, w.scores + i * kBlock, w.grad_p + i * kBlock, columns, count + r + i,
+                              w.lse2[q0 + r + i], w.delta[q0 + r + i], shape.dropout.on ? keep : nullptr);
+    }
+    store_group<P>(w, r);
+  }
+  if (want_keys)
+    for (int64_t j = 0; j < keys; j += kRows) {
+      const int64_t from = larger(0, j + 1 - count) / kRows * kRows, n = (rows - from + P - 1) / P;  // queries that see it
+      if (from >= rows) break;
+      const int64_t at = from / P * kBlock + j, operand = (q0 + from) / P * width;
+      product<P, true, Into::add>(w.p_across + at, kBlock, w.grad_summed + operand, width, w.grad_v + j * width, width, n, D);
+      product<P, true, Into::add>(w.ds_across + at, kBlock, w.query_summed + operand, width, w.grad_k + j * width, width, n, D);
+    }
+  if (want_queries)
+    for (int64_t r = first / kRows * kRows; r < rows; r += kRows) {
+      const int64_t seen = smaller(keys, count + r + kRows - 1);
+      product<P, false, Into::add>(w.ds_rows + r * (kBlock / P), kBlock / P, w.key_summed, width,
+                                   w.grad_q + (q0 + r) * width, width, (seen + P - 1) / P, D);
+    }
+}
+
+template <class T>
+static void store_gradient(const float* from, int64_t rows, int64_t D, int64_t width, float factor, T* to, int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r, from += width, to += stride)
+    PYGPT_FOR_LANES(D, store_step(to + i, load(from + i) * factor, n);)
+}
+
+// Gradients of one head: of k and v for the blocks of keys in `key_blocks` if out.k is given, and of q for the blocks of
+// queries in `query_blocks` if out.q is. Together they share the tiles; then both ranges must be whole.
+template <class T>
+void attention_backward(const AttentionShape& shape, const BackwardInputs<T>& in, const BackwardOutputs<T>& out,
+                        float* workspace, int64_t head, Range key_blocks, Range query_blocks) {
+  const BackwardBuffers w = lay_out<T>(shape, workspace);
+  const int64_t b = head / shape.H, h = head % shape.H, D = shape.D, width = shape.width(), row = shape.H * D;
+  const int64_t start = larger(query_blocks.begin, shape.first_query_block(key_blocks.begin));
+  pack_queries(shape, in, w, head, {start, query_blocks.end});
+  if (out.q) std::memset(w.grad_q + query_blocks.begin * kBlock * width, 0,
+                         (query_blocks.end - query_blocks.begin) * kBlock * width * sizeof(float));
+  for (int64_t key_block = key_blocks.begin; key_block < key_blocks.end; ++key_block) {
+    const int64_t k0 = key_block * kBlock, keys = smaller(kBlock, shape.S - k0);
+    const T* k = in.k.data + b * in.k.batch + h * in.k.head + k0 * in.k.time;
+    const T* v = in.v.data + b * in.v.batch + h * in.v.head + k0 * in.v.time;
+    pack_transposed(k, in.k.time, keys, D, width, w.key_panel);
+    pack_transposed(v, in.v.time, keys, D, width, w.value_panel);
+    if (out.q) pack_summed_rows(k, in.k.time, keys, D, width, w.key_summed);
+    if (out.k) {
+      std::memset(w.grad_k, 0, kBlock * width * sizeof(float));
+      std::memset(w.grad_v, 0, kBlock * width * sizeof(float));
+    }
+    for (int64_t q = larger(query_blocks.begin, shape.first_query_block(key_block)); q < query_blocks.end; ++q)
+      backward_tile<T>(shape, w, head, q * kBlock, k0, out.k != nullptr, out.q != nullptr);
+    if (out.k) {
+      const int64_t at = ((b * shape.S + k0) * shape.H + h) * D;
+      store_gradient(w.grad_k, keys, D, width, shape.scale, out.k + at, row);
+      store_gradient(w.grad_v, keys, D, width, shape.dropout.on ? shape.dropout.inverse_keep : 1.0f, out.v + at, row);
+    }
+  }
+  if (out.q) {
+    const int64_t q0 = query_blocks.begin * kBlock;
+    store_gradient(w.grad_q + q0 * width, smaller(shape.T, query_blocks.end * kBlock) - q0, D, width, shape.scale,
+                   out.q + ((b * shape.T + q0) * shape.H + h) * D, row);
+  }
+}
+
+}  // namespace pygpt::PYGPT_ISA

@@ -1,0 +1,172 @@
+// Forward of causal attention for one instruction set (see foreach_isa.h): the online softmax of Milakov and Gimelshein
+// (2018) over blocks of keys, as in FlashAttention (Dao et al., 2022). No T x S matrix exists: a group of kRows queries
+// has 64 scores each at a time, in the first-level cache.
+//
+// Scores are kept in units of log2: s = scale * log2(e) * q.k, probabilities are 2^(s - max). Sums are float32.
+
+#include "cpu/philox.h"
+#include "cpu/attention_tile.h"
+
+namespace pygpt::PYGPT_ISA {
+
+constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+
+// The exponential of the softmax: bfloat16 products round probabilities to 8 bits, so 3e-6 is exact enough there.
+template <class T>
+PYGPT_INLINE vf softmax_exp2(vf x) {
+  return vexp2<kPair<T> == 2 ? 4 : 5>(x);
+}
+
+// The running softmax of a group of queries: largest score, sum of probabilities per lane.
+struct Running {
+  float* largest;  // (rows)
+  float* sum;      // (rows x kLanes)
+};
+
+PYGPT_INLINE vf visible(vf x, int64_t first, int64_t count, vf otherwise) {
+  const vi lane = lane_numbers() + static_cast<int32_t>(first);
+  return lane < static_cast<int32_t>(count) ? x : otherwise;
+}
+
+// Hides the keys from `count` on, and returns the largest score, at least `largest`.
+PYGPT_INLINE float mask_scores(float* scores, int64_t columns, int64_t count, float largest) {
+  vf top = splat(largest);
+  for (int64_t j = 0; j < columns; j += kLanes) {
+    vf x = load(scores + j);
+    if (j + kLanes > count) {
+      x = visible(x, j, count, splat(-std::numeric_limits<float>::infinity()));
+      store(scores + j, x);
+    }
+    top = vmax(top, x);
+  }
+  return reduce_max(top);
+}
+
+// Replaces the scores by probabilities (units of kPair<T>), unnormalised, and adds them to the running sum. Dropped ones
+// count in the sum and become zero. With pairs, the sum is that of the rounded probabilities which multiply V.
+template <class T>
+PYGPT_INLINE vf probabilities(float* scores, int64_t columns, float largest, vf sum, const vi* keep) {
+  const vf top = splat(largest), zero = {};
+#ifdef PYGPT_AVX512_BF16
+  if constexpr (kPair<T> == 2) {
+    const vf ones = (vf)_mm512_set1_epi32(0x3f803f80);
+    for (int64_t j = 0; j < columns; j += 2 * kLanes) {
+      const vf a = softmax_exp2<T>(load(scores + j) - top);
+      const vf b = j + kLanes < columns ? softmax_exp2<T>(load(scores + j + kLanes) - top) : zero;
+      vf both = pair_along(a, b);
+      sum = (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)both, (__m512bh)ones);
+      if (keep) both = pair_along(keep[j / kLanes] ? a : zero, keep[j / kLanes + 1] ? b : zero);
+      store(scores + j / 2, both);
+    }
+    return sum;
+  }
+#endif
+  for (int64_t j = 0; j < columns; j += kLanes) {
+    const vf x = softmax_exp2<T>(load(scores + j) - top);
+    sum += x;
+    store(scores + j, keep ? (keep[j / kLanes] ? x : zero) : x);
+  }
+  return sum;
+}
+
+// One block of keys: scores (rows x kBlock) -> probabilities; query r sees the first count + r keys of the block.
+// factor[r]: what the earlier output and sum are to be multiplied by.
+template <class T>
+static void softmax_rows(const AttentionShape& shape, float* scores, int rows, int64_t columns, int64_t count,
+                         Running running, float* factor, int64_t head, int64_t query, int64_t key_block) {
+  float before[kLanes] = {}, after[kLanes] = {};
+  for (int r = 0; r < rows; ++r) {
+    before[r] = running.largest[r];
+    const float top = mask_scores(scores + r * kBlock, columns, count + r, before[r]);
+    running.largest[r] = top;
+    // Scores that are all -inf so far (only by overflow) must not give -inf - -inf.
+    after[r] = top == -std::numeric_limits<float>::infinity() ? 0.0f : top;
+  }
+  store(factor, vexp2(load(before) - load(after)));
+  for (int r = 0; r < rows; ++r) {
+    vi keep[kBlock / kLanes];
+    if (shape.dropout.on) dropout_keep(shape.dropout, head, query + r, key_block, keep);
+    float* sum = running.sum + r * kLanes;
+    store(sum, probabilities<T>(scores + r * kBlock, columns, after[r], load(sum) * factor[r],
+                                shape.dropout.on ? keep : nullptr));
+  }
+}
+
+// Packed keys and values of one head, as far as queries have needed them.
+template <class T>
+struct PackedHead {
+  float *keys, *values;  // per block of keys: (width / kPair x kBlock), (kBlock / kPair x width)
+  int64_t head = -1, blocks = 0;
+
+  void need(const AttentionShape& shape, HeadView<const T> k, HeadView<const T> v, int64_t to_head,
+                                int64_t to_blocks) {
+    if (head != to_head) head = to_head, blocks = 0;
+    const int64_t b = head / shape.H, h = head % shape.H, width = shape.width(), size = kBlock * width / kPair<T>;
+    for (; blocks < to_blocks; ++blocks) {
+      const int64_t first = blocks * kBlock, count = smaller(kBlock, shape.S - first);
+      pack_transposed(k.data + b * k.batch + h * k.head + first * k.time, k.time, count, shape.D, width,
+                      keys + blocks * size);
+      pack_summed_rows(v.data + b * v.batch + h * v.head + first * v.time, v.time, count, shape.D, width,
+                       values + blocks * size);
+    }
+  }
+};
+
+// Divides by the sums and writes out (B, T, H, D) and lse (B, H, T).
+template <class T>
+static void finish_rows(const AttentionShape& shape, const float* o, Running running, int64_t rows, T* out, float* lse) {
+  const float keep = shape.dropout.on ? shape.dropout.inverse_keep : 1.0f;
+  for (int64_t r = 0; r < rows; ++r) {
+    const float sum = reduce_add(load(running.sum + r * kLanes));
+    lse[r] = (running.largest[r] + std::log2(sum)) * kLn2;
+    const vf factor = splat(keep / sum);
+    const float* from = o + r * shape.width();
+    T* to = out + r * shape.H * shape.D;
+    PYGPT_FOR_LANES(shape.D, store_step(to + i, load(from + i) * factor, n);)
+  }
+}
+
+// Work items first .. last, an item being (batch, head, block of queries) in this order, ascending.
+template <class T>
+void attention_forward(const AttentionShape& shape, HeadView<const T> q, HeadView<const T> k, HeadView<const T> v, T* out,
+                       float* lse, float* workspace, int64_t first, int64_t last) {
+  constexpr int P = kPair<T>;
+  const int64_t D = shape.D, width = shape.width(), units = (D + P - 1) / P, panel = kBlock * width / P;
+  const float scale = shape.scale * kLog2E;
+  PackedHead<T> packed;
+  packed.keys = workspace;
+  packed.values = packed.keys + shape.key_blocks() * panel;
+  float* queries = packed.values + shape.key_blocks() * panel;
+  float* o = queries + panel;
+  float* scores = o + kBlock * width;
+  const Running running = {scores + kRows * kBlock, scores + kRows * kBlock + kBlock};
+  for (int64_t item = first; item < last; ++item) {
+    const int64_t head = item / shape.query_blocks(), block = item % shape.query_blocks();
+    const int64_t b = head / shape.H, h = head % shape.H, q0 = block * kBlock, rows = smaller(kBlock, shape.T - q0);
+    packed.need(shape, k, v, head, shape.key_blocks_seen(block));
+    pack_rows(q.data + b * q.batch + h * q.head + q0 * q.time, q.time, rows, D, width, queries);
+    std::memset(queries + rows * (width / P), 0, (round_up(rows, kRows) - rows) * (width / P) * sizeof(float));
+    std::memset(o, 0, round_up(rows, kRows) * width * sizeof(float));
+    std::memset(running.sum, 0, kBlock * kLanes * sizeof(float));
+    for (int64_t r = 0; r < kBlock; ++r) running.largest[r] = -std::numeric_limits<float>::infinity();
+
+    for (int64_t key_block = 0; key_block < shape.key_blocks_seen(block); ++key_block)
+      for (int64_t r = 0; r < rows; r += kRows) {
+        const int group = static_cast<int>(smaller(kRows, rows - r));
+        // Keys of this block that the group's first and last query see.
+        const int64_t count = q0 + r + shape.S - shape.T + 1 - key_block * kBlock;
+        const int64_t seen = smaller(kBlock, count + group - 1);
+        if (seen <= 0) continue;
+        float factor[kLanes];
+        product<P, false, Into::scale>(queries + r * (width / P), width / P, packed.keys + key_block * panel, kBlock,
+                                           scores, kBlock, units, seen, &scale);
+        softmax_rows<T>(shape, scores, group, round_up(seen, kLanes), count,
+                        {running.largest + r, running.sum + r * kLanes}, factor, head, q0 + r, key_block);
+        product<P, false, Into::rescale>(scores, kBlock, packed.values + key_block * panel, width, o + r * width, width,
+                                         (seen + P - 1) / P, D, factor);
+      }
+    finish_rows(shape, o, running, rows, out + ((b * shape.T + q0) * shape.H + h) * D, lse + head * shape.T + q0);
+  }
+}
+
+}  // namespace pygpt::PYGPT_ISA

@@ -1,0 +1,177 @@
+// Packed panels and the small matrix products of attention, for one instruction set (see foreach_isa.h).
+//
+// A panel is an array of 32-bit units. With kPair<T> == 1 a unit is a float. Where the machine multiplies bfloat16
+// (avx512_bf16) it is a pair of bfloat16 that are neighbours along the summed dimension, kPair<bf16> is 2, and one
+// instruction sums both products in float32; everything else stays the same.
+
+namespace pygpt::PYGPT_ISA {
+
+template <class T>
+constexpr int kPair = 1;
+#ifdef PYGPT_AVX512_BF16
+template <>
+constexpr int kPair<bf16> = 2;
+#endif
+
+// The register block of a product: rows times vectors of accumulators.
+constexpr int kRows = PYGPT_LANES == 16 ? 8 : 4;
+constexpr int kVectors = 2;
+
+constexpr int64_t kBlock = kAttentionBlock;
+
+PYGPT_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+PYGPT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+PYGPT_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// --- products ------------------------------------------------------------------------------------------------------
+
+template <int PAIR>
+PYGPT_INLINE vf multiply_add(vf sum, const float* a, vf b) {
+#ifdef PYGPT_AVX512_BF16
+  if constexpr (PAIR == 2) {
+    int32_t unit;
+    std::memcpy(&unit, a, sizeof unit);
+    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(unit), (__m512bh)b);
+  }
+#endif
+  return sum + b * *a;
+}
+
+// What becomes of a product: c = ab, c = factor[0] ab, c = c + ab, or row by row c[r] = factor[r] c[r] + (ab)[r].
+enum class Into { assign, scale, add, rescale };
+
+// c (kRows x VECTORS * kLanes) from the product a b over k units.
+// a is (kRows x k) with row stride lda, or ACROSS: (k x kRows) with row stride lda. b is (k x ...) with row stride ldb.
+template <int PAIR, bool ACROSS, Into INTO, int VECTORS>
+static void product_block(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t k,
+                          const float* factor) {
+  vf sum[kRows][VECTORS];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) sum[r][v] = vf{};
+  for (int64_t i = 0; i < k; ++i) {
+    vf row[VECTORS];
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) row[v] = load(b + i * ldb + v * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; ++v)
+        sum[r][v] = multiply_add<PAIR>(sum[r][v], ACROSS ? a + i * lda + r : a + r * lda + i, row[v]);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) {
+      float* at = c + r * ldc + v * kLanes;
+      if constexpr (INTO == Into::scale) sum[r][v] *= *factor;
+      if constexpr (INTO == Into::add) sum[r][v] += load(at);
+      if constexpr (INTO == Into::rescale) sum[r][v] += load(at) * factor[r];
+      store(at, sum[r][v]);
+    }
+}
+
+// The same for any number of columns; those up to the next multiple of kLanes are computed too.
+template <int PAIR, bool ACROSS, Into INTO>
+PYGPT_INLINE void product(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t k,
+                          int64_t columns, const float* factor = nullptr) {
+  int64_t at = 0;
+  for (; at + (kVectors - 1) * kLanes < columns; at += kVectors * kLanes)
+    product_block<PAIR, ACROSS, INTO, kVectors>(a, lda, b + at, ldb, c + at, ldc, k, factor);
+  for (; at < columns; at += kLanes) product_block<PAIR, ACROSS, INTO, 1>(a, lda, b + at, ldb, c + at, ldc, k, factor);
+}
+
+// --- packing -------------------------------------------------------------------------------------------------------
+
+// The units of one row from its element `first` on: kLanes units, zero beyond the n elements that are left.
+template <class T>
+PYGPT_INLINE vf load_units(const T* row, int64_t first, int64_t D) {
+  const int64_t n = smaller(D - first, kLanes * kPair<T>);
+  if constexpr (kPair<T> == 1) {
+    return n <= 0 ? vf{} : n < kLanes ? load(row + first, n) : load(row + first);
+  } else {
+    vf v = {};
+    if (n == 2 * kLanes)
+      std::memcpy(&v, row + first, sizeof v);
+    else if (n > 0)
+      std::memcpy(&v, row + first, n * sizeof(T));
+    return v;
+  }
+}
+
+// Rows as the first operand of a product, or with kPair 1 as either: (rows x width / kPair units).
+template <class T>
+static void pack_rows(const T* from, int64_t stride, int64_t rows, int64_t D, int64_t width, float* to) {
+  const int64_t units = width / kPair<T>;
+  for (int64_t r = 0; r < rows; ++r, from += stride, to += units)
+    for (int64_t u = 0; u < units; u += kLanes) store(to + u, load_units(from, u * kPair<T>, D));
+}
+
+// Rows as the second operand of a product that sums over them: (rows / kPair x width units).
+template <class T>
+static void pack_summed_rows(const T* from, int64_t stride, int64_t rows, int64_t D, int64_t width, float* to) {
+  if constexpr (kPair<T> == 1) {
+    pack_rows(from, stride, rows, D, width, to);
+  } else {
+    for (int64_t r = 0; r < rows; r += 2, from += 2 * stride)
+      for (int64_t d = 0; d < width; d += kLanes, to += kLanes) {
+        const int64_t n = smaller(D - d, kLanes);
+        vh even = {}, odd = {};
+        if (n > 0) std::memcpy(&even, from + d, n * sizeof(T));
+        if (n > 0 && r + 1 < rows) std::memcpy(&odd, from + stride + d, n * sizeof(T));
+        store(to, (vf)(__builtin_convertvector(even, vu) | __builtin_convertvector(odd, vu) << 16));
+      }
+  }
+}
+
+// kLanes x kLanes transpose: in step `width`, blocks of that width change places with their mirror image.
+template <int WIDTH>
+PYGPT_INLINE void transpose(vf rows[kLanes]) {
+  const vi lane = lane_numbers(), upper = (lane & WIDTH) != 0;
+  const vi pick_low = upper ? lane + (kLanes - WIDTH) : lane, pick_high = upper ? lane + kLanes : lane + WIDTH;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & WIDTH) continue;
+    const vf a = rows[i], b = rows[i + WIDTH];
+#if defined(__GNUC__) && !defined(__clang__)
+    rows[i] = __builtin_shuffle(a, b, pick_low);
+    rows[i + WIDTH] = __builtin_shuffle(a, b, pick_high);
+#else
+    for (int l = 0; l < kLanes; ++l) {
+      rows[i][l] = pick_low[l] < kLanes ? a[pick_low[l]] : b[pick_low[l] - kLanes];
+      rows[i + WIDTH][l] = pick_high[l] < kLanes ? a[pick_high[l]] : b[pick_high[l] - kLanes];
+    }
+#endif
+  }
+  if constexpr (WIDTH > 1) transpose<WIDTH / 2>(rows);
+}
+
+// Rows as the second operand of a product over D: (width / kPair units x kBlock rows), absent rows zero.
+template <class T>
+static void pack_transposed(const T* from, int64_t stride, int64_t rows, int64_t D, int64_t width, float* to) {
+  for (int64_t u = 0; u < width / kPair<T> && u * kPair<T> < D; u += kLanes)
+    for (int64_t r = 0; r < kBlock; r += kLanes) {
+      vf block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i)
+        block[i] = r + i < rows ? load_units(from + (r + i) * stride, u * kPair<T>, D) : vf{};
+      transpose<kLanes / 2>(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store(to + (u + i) * kBlock + r, block[i]);
+    }
+}
+
+#ifdef PYGPT_AVX512_BF16
+// 32 neighbours of one row as 16 units.
+PYGPT_INLINE vf pair_along(vf first, vf second) { return (vf)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
+
+// 16 elements each of an even row and the odd one after it, as units that span both.
+PYGPT_INLINE vf pair_across(vf even, vf odd) {
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+  const vi lane = lane_numbers();
+  return (vf)_mm512_permutexvar_epi16((__m512i)(lane | (lane + kLanes) << 16), both);
+}
+#endif
+
+}  // namespace pygpt::PYGPT_ISA

@@ -1,0 +1,3 @@
+from pygpt.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,142 @@
+"""The command line: `pygpt info | prepare | pretrain | generate | eval`, each generated from its settings' dataclass."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+import pygpt
+from pygpt.data import PrepareConfig, prepare
+from pygpt.errors import InputError, PygptError
+from pygpt.model import GPT
+from pygpt.ops import backends
+from pygpt.tokenizer import load_tokenizer
+from pygpt.train import EvaluateConfig, PretrainConfig, evaluate, pretrain, resolve_checkpoint
+from pygpt.train.trainer import resolve_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoConfig:
+    """Show versions, devices, and per operator the backend in use and why the others are not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Continue a text with a trained model."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """A run's folder, a checkpoint or a model folder."""
+    prompt: str = "\n"
+    """Text to continue."""
+    max_new_tokens: int = 200
+    """Tokens to generate at most; generation also ends at end-of-text."""
+    temperature: float = 0.8
+    """Below 1 sharpens the distribution; 0 always takes the likeliest token."""
+    top_k: int | None = None
+    """Keep only the k likeliest tokens."""
+    top_p: float | None = None
+    """Keep only the likeliest tokens whose probabilities sum to p."""
+    seed: int | None = None
+    """Makes the text repeatable."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda, ..."""
+
+
+Command = (
+    Annotated[InfoConfig, tyro.conf.subcommand("info")]
+    | Annotated[PrepareConfig, tyro.conf.subcommand("prepare")]
+    | Annotated[PretrainConfig, tyro.conf.subcommand("pretrain")]
+    | Annotated[GenerateConfig, tyro.conf.subcommand("generate")]
+    | Annotated[EvaluateConfig, tyro.conf.subcommand("eval")]
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of the console script. Returns the exit status: 0, or 2 for an error that the user can mend."""
+    try:
+        command = tyro.cli(Command, args=arguments, prog="pygpt", description=pygpt.__doc__)
+        run(command)
+    except PygptError as error:
+        if os.environ.get("PYGPT_TRACEBACK"):
+            raise
+        print(f"pygpt: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("pygpt: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(command: object) -> None:
+    """Carry out one command."""
+    console = Console()
+    match command:
+        case InfoConfig():
+            info(console)
+        case PrepareConfig():
+            prepare(command)
+        case PretrainConfig():
+            pretrain(command, console)
+        case GenerateConfig():
+            generate(command)
+        case EvaluateConfig():
+            result = evaluate(command, console)
+            bits = f", {result.bits_per_byte:.4f} bits per byte" if result.bits_per_byte is not None else ""
+            console.print(f"{result.tokens:,} tokens: loss {result.loss:.4f}, perplexity {result.perplexity:.2f}{bits}")
+
+
+def info(console: Console) -> None:
+    """Print what is installed and who answers."""
+    table = Table(title=f"pygpt {pygpt.__version__}", show_header=False)
+    for key, value in backends.build_info().items():
+        table.add_row(key, value)
+    for index in range(torch.cuda.device_count()):
+        table.add_row(f"cuda:{index}", torch.cuda.get_device_name(index))
+    console.print(table)
+    table = Table(title="operators")
+    for name in ("op", "device", "in use", "dtypes"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("why not the others")
+    for row in backends.report():
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in row.why_not.items():
+            by_reason.setdefault(reason, []).append(name)
+        reasons = "\n".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
+        table.add_row(row.op, row.device, row.backend, row.dtypes, reasons)
+    console.print(table)
+    if backends.forced():
+        console.print(f"backend '{backends.forced()}' is forced (PYGPT_BACKEND)")
+
+
+def generate(config: GenerateConfig) -> None:
+    """Print the prompt and its continuation, token by token."""
+    folder = resolve_checkpoint(config.run)
+    tokenizer = load_tokenizer(folder)
+    device = resolve_device(config.device)
+    model = GPT.from_pretrained(folder).to(device)
+    prompt = tokenizer.encode(config.prompt, allowed_special="all")
+    if not prompt:
+        raise InputError("the prompt is empty; give at least one character")
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span several tokens
+    print(config.prompt, end="", flush=True)
+    stream = model.stream(
+        torch.tensor([prompt], device=device), config.max_new_tokens, config.temperature, config.top_k, config.top_p,
+        tokenizer.eot_id, config.seed,
+    )  # fmt: skip
+    for token in stream:
+        if token.item() != tokenizer.eot_id:
+            print(decoder.decode(tokenizer.decode_bytes([token.item()])), end="", flush=True)
+    print(decoder.decode(b"", final=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""Causal self-attention that never builds the T x S matrix (FlashAttention: Dao et al., 2022; FlashAttention-2: Dao, 2023).
+
+Dropout is made by a counter-based generator (Philox4x32-10: Salmon et al., 2011), so that the mask is a function of the
+seed and of each element's place alone: backward makes it again instead of keeping it, and every backend drops the same
+elements. `dropout_mask` is its definition in plain integer arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pygpt.errors import InputError, InputTypeError
+from pygpt.ops import backends
+from pygpt.ops.checks import check_device, check_floating
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+MAX_HEAD_DIM = 256  # of the compiled kernels; larger heads run the reference
+backends.register("causal_attention", cpp=KERNEL_DTYPES)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, dropout_p: float = 0.0) -> Tensor:
+    """softmax(scale * q k^T) v per head, where query i sees the keys 0 .. i + S - T (the last query sees all).
+
+    q: (B, T, H, D); k, v: (B, S, H, D) with S >= T, so that k and v may be a cache that ends with the queries' own keys.
+    All of one floating-point dtype and device; any strides (views of a packed qkv projection are read in place).
+    scale: 1 / sqrt(D) unless given. dropout_p, in [0, 1): probability of dropping an attention weight; the mask comes from
+    one draw of torch's default generator per call. Returns (B, T, H, D), contiguous, in q's dtype.
+    Raises InputError (a ValueError) for shapes, devices and settings, InputTypeError (a TypeError) for dtypes.
+    """
+    _check(q, k, v, dropout_p)
+    if scale is None:
+        scale = 1.0 / math.sqrt(q.shape[-1])
+    seed = draw_seed(q.device) if dropout_p > 0.0 else None
+    backend = backends.choose("causal_attention", q)
+    if backend != "eager" and q.shape[-1] > MAX_HEAD_DIM:
+        if backends.forced() == backend:
+            raise InputError(
+                f"causal_attention: backend '{backend}' was asked for and serves head dimensions up to {MAX_HEAD_DIM}, "
+                f"got {q.shape[-1]}; use smaller heads, or drop use_backend / PYGPT_BACKEND"
+            )
+        backend = "eager"
+    if backend == "eager":
+        return causal_attention_reference(q, k, v, scale, dropout_p, seed)
+    return torch.ops.pygpt.causal_attention_forward.default(q, k, v, scale, dropout_p, seed)[0]
+
+
+def causal_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, dropout_p: float = 0.0, seed: Tensor | None = None
+) -> Tensor:
+    """Plain PyTorch, differentiable, any dtype and device; arguments as in `causal_attention`.
+
+    Without dropout this is torch's scaled_dot_product_attention: what a PyTorch user has today. With dropout (which needs
+    a seed, see `draw_seed`) the matrix is built, in float32 or better, so that the mask is ours.
+    """
+    T, S = q.shape[1], k.shape[1]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T or S, D)
+    if dropout_p == 0.0:
+        if T in (S, 1):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=T == S, scale=scale)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=_visible(T, S, q.device), scale=scale)
+        return out.transpose(1, 2).contiguous()
+    if seed is None:
+        raise InputError("causal_attention_reference: dropout needs a seed; draw_seed() makes one")
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q.to(wide) @ k.to(wide).transpose(-2, -1)) * scale  # (B, H, T, S)
+    weights = scores.masked_fill(~_visible(T, S, q.device), -math.inf).softmax(dim=-1)
+    keep = dropout_mask(seed, (q.shape[0], q.shape[1], T, S), dropout_p)
+    out = torch.where(keep, weights / (1.0 - dropout_p), 0.0) @ v.to(wide)
+    return out.to(q.dtype).transpose(1, 2).contiguous()
+
+
+def _visible(T: int, S: int, device: torch.device) -> Tensor:
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
+# --- dropout -------------------------------------------------------------------------------------------------------
+
+
+def draw_seed(device: torch.device | str = "cpu") -> Tensor:
+    """A dropout seed, int64 of shape (1,), from the device's default generator: torch.manual_seed makes it repeat."""
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def dropout_mask(seed: Tensor, shape: tuple[int, int, int, int], dropout_p: float) -> Tensor:
+    """Which attention weights stay, bool of shape (B, H, T, S): a function of (seed, b * H + h, query, key) alone.
+
+    The counter is (j // 64 * 16 + j % 16, i, b * H + h, 0) for query i and key j, the key is the seed's low and high 32
+    bits, and the random word is number j // 16 % 4; the element stays if that word is at least floor(dropout_p * 2^32).
+    """
+    B, H, T, S = shape
+    blocks = -(-S // 64)
+    counter = [
+        torch.arange(blocks * 16, device=seed.device).view(1, 1, -1),
+        torch.arange(T, device=seed.device).view(1, -1, 1),
+        torch.arange(B * H, device=seed.device).view(-1, 1, 1),
+        torch.zeros(1, 1, 1, dtype=torch.int64, device=seed.device),
+    ]
+    words = philox4x32(
+        torch.broadcast_tensors(*counter), (seed & _LOW, (seed >> 32) & _LOW)
+    )  # 4 of (B * H, T, blocks * 16)
+    by_key = torch.stack([word.view(B * H, T, blocks, 16) for word in words], dim=3)
+    return by_key.view(B, H, T, blocks * 64)[..., :S] >= int(dropout_p * 2**32)
+
+
+_LOW = 0xFFFFFFFF
+
+
+def philox4x32(counter: tuple[Tensor, ...] | list[Tensor], key: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Philox4x32 with 10 rounds: four words of 32 bits, in int64 tensors, from a counter and a key of such words."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = _multiply_wide(c0, 0xD2511F53)
+        high2, low2 = _multiply_wide(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
+    return [c0, c1, c2, c3]
+
+
+def _multiply_wide(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    # High and low 32 bits of a * m, by 16-bit halves of a: the whole product would overflow int64.
+    low = (a & 0xFFFF) * m
+    high = (a >> 16) * m + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+# --- checks, fake functions and autograd formula of the compiled operators -----------------------------------------
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> None:
+    op = "causal_attention"
+    if q.dim() != 4 or k.shape != v.shape or k.dim() != 4 or q.shape[::2] != k.shape[::2] or q.shape[3] != k.shape[3]:
+        raise InputError(
+            f"{op}: q must be (B, T, H, D) and k, v (B, S, H, D), got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        )
+    if k.shape[1] < q.shape[1]:
+        raise InputError(
+            f"{op}: {q.shape[1]} queries but only {k.shape[1]} keys; the keys must include those of the queries (S >= T)"
+        )
+    if q.shape[3] == 0:
+        raise InputError(f"{op}: q {tuple(q.shape)} has an empty head dimension")
+    if not 0.0 <= dropout_p < 1.0:
+        raise InputError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
+    check_floating(op, q)
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        raise InputTypeError(f"{op}: q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them")
+    check_device(op, q, k=k, v=v)
+
+
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    B, T, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
+
+
+def _backward_fake(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    q, k, v, ctx.scale, ctx.dropout_p, seed = inputs
+    ctx.save_for_backward(q, k, v, *output, seed)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, grad_lse):  # type: ignore[no-untyped-def]
+    if grad is None:
+        return None, None, None, None, None, None
+    q, k, v, out, lse, seed = ctx.saved_tensors
+    grads = torch.ops.pygpt.causal_attention_backward.default(grad, q, k, v, out, lse, ctx.scale, ctx.dropout_p, seed)
+    return *grads, None, None, None
+
+
+if backends.extension is not None:
+    torch.library.register_fake("pygpt::causal_attention_forward", _forward_fake)
+    torch.library.register_fake("pygpt::causal_attention_backward", _backward_fake)
+    torch.library.register_autograd("pygpt::causal_attention_forward", _backward, setup_context=_setup)

@@ -1,0 +1,190 @@
+"""AdamW with float32 master weights, gradient clipping and the learning-rate schedule.
+
+    optimizer = build_optimizer(model, weight_decay=0.1, learning_rate=6e-4)
+    loss.backward()
+    clip_grad_norm(model.parameters(), 1.0)
+    optimizer.step()
+
+A bfloat16 weight has 8 bits of precision: most updates of training are smaller than half of its last bit and would be
+rounded away. So a model in bfloat16 keeps its weights and gradients in bfloat16 and the optimizer a float32 copy of the
+weights (mixed-precision training, Micikevicius et al., 2018), to which the updates are added.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from pygpt.errors import InputError, InputTypeError
+
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov and Hutter, 2019) for parameters in float32, or in bfloat16 / float16 with float32 masters.
+
+    State per parameter: `step`, `exp_avg` and `exp_avg_sq`, float32, and `master` where the parameter is in low precision.
+    Interface and numbers are those of `torch.optim.AdamW(fused=True)`.
+
+    A parameter that was changed between two steps (weights loaded, averaged, reset) keeps its new values: the master
+    follows it. Raises InputError for settings out of range, InputTypeError for parameters or gradients it cannot update.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ) -> None:
+        self._versions: dict[Tensor, int] = {}
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for name in ("lr", "eps", "weight_decay"):
+            if not 0 <= group[name] < math.inf:
+                raise InputError(f"{name} must be a finite number of at least 0, got {group[name]}")
+        if not all(0 <= beta < 1 for beta in group["betas"]):
+            raise InputError(f"betas must be in [0, 1), got {group['betas']}")
+        for parameter in group["params"]:
+            if not parameter.is_floating_point():
+                raise InputTypeError(f"AdamW updates floating-point parameters, got {parameter.dtype}")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient. A closure is called first, with gradients enabled; its result returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if parameters:
+                self._update(parameters, group)
+        return loss
+
+    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        for parameter in parameters:
+            if parameter.grad is None or parameter.grad.layout != torch.strided:
+                raise InputTypeError("AdamW takes dense gradients: build the embedding with sparse=False")
+            self._prepare_state(parameter)
+        states = [self.state[parameter] for parameter in parameters]
+        low = [index for index, parameter in enumerate(parameters) if parameter.dtype in _LOW_PRECISION]
+        weights: list[Tensor] = list(parameters)
+        grads: list[Tensor] = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        for index in low:
+            weights[index], grads[index] = states[index]["master"], grads[index].float()
+        means, squares = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
+        # torch's fused kernel walks memory: with strides that differ its result is silently wrong (seen in 2.13 on a CPU).
+        strides_agree = all(
+            len({x.stride() for x in each}) == 1 for each in zip(weights, grads, means, squares, strict=True)
+        )
+        adamw(
+            weights,
+            grads,
+            means,
+            squares,
+            [],
+            [state["step"] for state in states],
+            fused=strides_agree,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        for index in low:
+            parameters[index].copy_(weights[index])
+            self._versions[parameters[index]] = parameters[index]._version
+
+    def _prepare_state(self, parameter: Tensor) -> None:
+        state = self.state[parameter]
+        low = parameter.dtype in _LOW_PRECISION
+        if "step" not in state:
+            dtype = torch.float32 if low else parameter.dtype
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype)
+        if not low:
+            return
+        if "master" not in state:
+            state["master"] = parameter.detach().float()
+        elif self._versions.get(parameter) != parameter._version:
+            # Somebody wrote to the parameter since the last step. Where it differs from its rounded master, it counts.
+            master = state["master"]
+            torch.where(master.to(parameter.dtype) == parameter, master, parameter.float(), out=master)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._versions = {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned. Unlike the base class, leaves the state in float32 for bfloat16 parameters."""
+        super().load_state_dict(state_dict)
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        ours = [parameter for group in self.param_groups for parameter in group["params"]]
+        for index, parameter in zip(saved, ours, strict=True):
+            for name, value in state_dict["state"].get(index, {}).items():
+                self.state[parameter][name] = value.to(parameter.device)
+
+
+def build_optimizer(
+    model: nn.Module,
+    *,
+    weight_decay: float = 0.1,
+    learning_rate: float = 6e-4,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+) -> AdamW:
+    """AdamW with two parameter groups: matrices and embeddings decay, biases and LayerNorms do not."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in parameters if parameter.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in parameters if parameter.dim() < 2], "weight_decay": 0.0},
+    ]
+    return AdamW([group for group in groups if group["params"]], lr=learning_rate, betas=betas, eps=eps)
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale all gradients in place so that their joint Euclidean norm is at most `max_norm`; 0 leaves them as they are.
+
+    Returns the norm before, a float32 scalar. As `torch.nn.utils.clip_grad_norm_`, but the norm of bfloat16 gradients
+    is computed in float32 (there it is rounded to bfloat16, tensor by tensor).
+    """
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not grads:
+        return torch.zeros(())
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)))
+    if max_norm > 0:
+        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def cosine_with_warmup(step: int, *, peak: float, minimum: float, warmup: int, total: int) -> float:
+    """Learning rate of update `step` (from 0): linear up to `peak`, then half a cosine down to `minimum` at step `total`.
+
+    nanoGPT's schedule, from GPT-3's (Brown et al., 2020, appendix B); `minimum` from `total` on.
+    """
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    if step >= total:
+        return minimum
+    progress = (step - warmup) / (total - warmup)
+    return minimum + 0.5 * (1.0 + math.cos(math.pi * progress)) * (peak - minimum)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Set every group's learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate

@@ -1,0 +1,8 @@
+"""Training: one loop (`Trainer`) and what it is given."""
+
+from pygpt.train.checkpoint import resolve_checkpoint
+from pygpt.train.evaluate import EvaluateConfig, evaluate
+from pygpt.train.pretrain import PretrainConfig, pretrain
+from pygpt.train.trainer import TrainConfig, Trainer
+
+__all__ = ["EvaluateConfig", "PretrainConfig", "TrainConfig", "Trainer", "evaluate", "pretrain", "resolve_checkpoint"]

@@ -1,0 +1,99 @@
+"""What a run tells: a progress bar on the terminal, metrics.jsonl, TensorBoard, and a plot of the loss at the end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+FILE = "metrics.jsonl"
+
+
+class Metrics:
+    """Appends one JSON object per line to RUN/metrics.jsonl, and the same numbers to TensorBoard where it is installed.
+
+    Lines of steps at or after `first_step` are dropped when it is opened: a resumed run writes them again.
+    """
+
+    def __init__(self, run: Path, first_step: int, console: Console) -> None:
+        run.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read_metrics(run) if row["step"] <= first_step]
+        self._file = (run / FILE).open("w", encoding="utf-8")
+        for row in kept:
+            self._file.write(json.dumps(row) + "\n")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            console.print(
+                "TensorBoard is not installed (pip install pygpt-kernels\\[train]); metrics go to metrics.jsonl only"
+            )
+            self._board = None
+        else:
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, step: int, **values: float) -> None:
+        """Values after `step` steps."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The rows of RUN/metrics.jsonl; a last line that a crash cut off is left out."""
+    file = run / FILE
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar with loss, tokens per second, MFU where it is known, and the time left."""
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        refresh_per_second=4,
+    )
+
+
+def plot_loss(run: Path, console: Console) -> Path | None:
+    """Draw RUN/loss.png from the metrics; None, with a note, where matplotlib is not installed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        console.print("no loss plot: matplotlib is not installed (pip install pygpt-kernels\\[train])")
+        return None
+    rows = read_metrics(run)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for key, style, label in (("loss", "-", "training"), ("val_loss", "o-", "validation")):
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=run.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(run / "loss.png", dpi=120)
+    return run / "loss.png"

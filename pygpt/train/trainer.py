@@ -1,0 +1,295 @@
+"""The training loop. It knows nothing of tasks: it is given a model, a function from step to batch and, optionally, how to
+evaluate and how to show a sample.
+
+    Trainer(model, RandomOffsets(tokens, 1024, 8).batch, TrainConfig(steps=1000), run=Path("runs/mine")).train()
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from pygpt.errors import InputError, PygptError
+from pygpt.model import GPT
+from pygpt.optim import build_optimizer, clip_grad_norm, cosine_with_warmup
+from pygpt.peaks import peak_flops
+from pygpt.tokenizer import Tokenizer
+from pygpt.train.checkpoint import checkpoints, load_checkpoint, read_training, save_checkpoint
+from pygpt.train.metrics import Metrics, plot_loss, progress_bar
+
+Batch = tuple[Tensor, ...]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class DivergedError(PygptError):
+    """The loss is no longer a finite number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train, whatever the task."""
+
+    steps: int = 1000
+    """Optimizer steps in all."""
+    learning_rate: float = 1e-3
+    """Peak learning rate, reached after the warmup."""
+    min_learning_rate: float = 1e-4
+    """Learning rate at the last step, at the end of the cosine."""
+    warmup: int = 100
+    """Steps of linear warmup."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices and embeddings."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's decay rates of the first and second moment."""
+    grad_clip: float = 1.0
+    """Largest global norm of the gradient; 0 does not clip."""
+    accumulate: int = 1
+    """Batches whose gradients are averaged in one step."""
+    dtype: str = "float32"
+    """float32, or bfloat16: weights and gradients in bfloat16, the optimizer keeps float32 masters."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda, cuda:1, mps."""
+    compile: bool = False
+    """Run the model through torch.compile."""
+    seed: int = 1337
+    """Decides initial weights, batches and dropout."""
+    eval_every: int = 250
+    """Steps between evaluations; 0: only at the end."""
+    sample_every: int = 0
+    """Steps between samples of the model; 0: only at the end."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; 0: only at the end. Ctrl-C saves one too."""
+    keep: int = 3
+    """Newest checkpoints that are kept."""
+    log_every: int = 10
+    """Steps between rows of metrics.jsonl."""
+    peak_tflops: float | None = None
+    """Peak of the device in TFLOP/s, for MFU. Known by itself for common GPUs; for CPUs MFU is shown only if given."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulate", "keep", "log_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "min_learning_rate", "warmup", "weight_decay", "grad_clip", "eval_every"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.dtype not in DTYPES:
+            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got '{self.dtype}'")
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that a setting means. Raises InputError where it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device '{name}' cannot be used here: {reason}; try --device cpu") from error
+    return device
+
+
+class Trainer:
+    """Trains `model` on batch(0), batch(1), ... and writes everything about it into the folder `run`.
+
+    model: moved to the configured device and dtype, in place. batch: micro-step -> tensors (a pure function, so that a
+    resumed run sees the same batches); the loss is model(*tensors)[1] unless `loss_fn(model, tensors)` is given.
+    evaluate: model -> validation loss. sample: model -> text to show. tokenizer: saved with each checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        batch: Callable[[int], Batch],
+        config: TrainConfig,
+        run: Path,
+        *,
+        loss_fn: Callable[[Any, Batch], Tensor] = lambda model, tensors: model(*tensors)[1],
+        evaluate: Callable[[GPT], float] | None = None,
+        sample: Callable[[GPT], str] | None = None,
+        tokenizer: Tokenizer | None = None,
+        console: Console | None = None,
+    ) -> None:
+        self.device = resolve_device(config.device)
+        self.model = model.to(self.device, DTYPES[config.dtype]).train()
+        self.config, self.run, self.batch, self.loss_fn = config, Path(run), batch, loss_fn
+        self.evaluate, self.sample, self.tokenizer = evaluate, sample, tokenizer
+        self.console = console or Console()
+        self.optimizer = build_optimizer(
+            self.model, weight_decay=config.weight_decay, learning_rate=config.learning_rate, betas=config.betas
+        )
+        self.forward: Any = torch.compile(self.model) if config.compile else self.model
+        peak = 1e12 * config.peak_tflops if config.peak_tflops else peak_flops(self.device, DTYPES[config.dtype])
+        self.peak_flops = peak
+        self.step = 0
+        self.stop_requested = False
+
+    def resume(self, checkpoint: Path) -> None:
+        """Go on where `checkpoint` stood: its optimizer, random generators and step. The model must hold its weights."""
+        self.step = load_checkpoint(checkpoint, self.model, self.optimizer)
+        if self.step >= self.config.steps:
+            raise InputError(
+                f"'{checkpoint}' is already at step {self.step} of {self.config.steps}; ask for more --steps"
+            )
+
+    def train(self) -> float:
+        """Run the steps that are left; returns the last training loss. Ctrl-C saves a checkpoint and returns early."""
+        config = self.config
+        metrics = Metrics(self.run, self.step, self.console)
+        bar = progress_bar(self.console)
+        loss = math.nan
+        with stop_on_signal(self), bar:
+            task = bar.add_task("training", total=config.steps, completed=self.step, status="")
+            self._report(metrics, always=self.step == 0)
+            since, tokens = time.perf_counter(), 0
+            while self.step < config.steps and not self.stop_requested:
+                loss_tensor, norm, seen = self._train_step()
+                self.step += 1
+                tokens += seen
+                if self.step % config.log_every == 0 or self.step == config.steps or self._due(config.checkpoint_every):
+                    loss = self._finite(loss_tensor)
+                    now = time.perf_counter()
+                    speed = tokens / (now - since)
+                    values = {
+                        "loss": loss,
+                        "grad_norm": norm.item(),
+                        "tokens_per_second": speed,
+                        "lr": self._rate(self.step - 1),
+                    }
+                    if self.peak_flops:
+                        values["mfu"] = speed * self.model.flops_per_token() / self.peak_flops
+                    metrics.write(self.step, **values)
+                    bar.update(task, completed=self.step, status=_status(values))
+                    since, tokens = now, 0
+                pause = time.perf_counter()
+                self._report(metrics)
+                if self._due(config.checkpoint_every) and self.step < config.steps:
+                    self.save()
+                since += time.perf_counter() - pause  # evaluation and saving do not count as training time
+            bar.update(task, completed=self.step)
+        self.save()
+        metrics.close()
+        plot_loss(self.run, self.console)
+        if self.stop_requested and self.step < config.steps:
+            self.console.print(f"stopped at step {self.step}; the same command with --resume goes on from there")
+        return loss
+
+    def save(self) -> Path:
+        """Write a checkpoint of the current step."""
+        settings = {
+            key: value if not isinstance(value, Path) else str(value) for key, value in asdict(self.config).items()
+        }
+        return save_checkpoint(
+            self.run, self.step, self.model, self.optimizer, self.tokenizer, settings, self.config.keep
+        )
+
+    def _train_step(self) -> tuple[Tensor, Tensor, int]:
+        """One optimizer step -> mean loss, gradient norm, number of tokens."""
+        config, total, tokens = self.config, None, 0
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate(self.step)
+        for micro in range(config.accumulate):
+            tensors = self.batch(self.step * config.accumulate + micro)
+            tokens += tensors[0].numel()
+            tensors = tuple(t.to(self.device, non_blocking=True) for t in tensors)
+            loss = self.loss_fn(self.forward, tensors) / config.accumulate
+            loss.backward()
+            total = loss.detach() if total is None else total + loss.detach()
+        norm = clip_grad_norm(self.model.parameters(), config.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        assert total is not None
+        return total, norm, tokens
+
+    def _rate(self, step: int) -> float:
+        c = self.config
+        return cosine_with_warmup(
+            step,
+            peak=c.learning_rate,
+            minimum=min(c.min_learning_rate, c.learning_rate),
+            warmup=c.warmup,
+            total=c.steps,
+        )
+
+    def _due(self, every: int) -> bool:
+        return self.step == self.config.steps or (every > 0 and self.step % every == 0)
+
+    def _finite(self, loss: Tensor) -> float:
+        value = loss.item()
+        if not math.isfinite(value):
+            saved = checkpoints(self.run)
+            last = f"the last good checkpoint is '{saved[-1]}'" if saved else "no checkpoint was written yet"
+            raise DivergedError(
+                f"the loss is {value} at step {self.step}: training diverged; {last}. Lower --learning-rate or raise --warmup"
+            )
+        return value
+
+    def _report(self, metrics: Metrics, always: bool = False) -> None:
+        """Evaluate and sample where they are due. A resumed run that evaluates at other steps must still draw the same
+        dropout: random generators are left as they were."""
+        with torch.random.fork_rng():
+            self.model.eval()
+            self._evaluate_and_sample(metrics, always)
+            self.model.train()
+
+    def _evaluate_and_sample(self, metrics: Metrics, always: bool) -> None:
+        if self.evaluate and (always or self._due(self.config.eval_every)):
+            with torch.no_grad():
+                loss = self.evaluate(self.model)
+            metrics.write(self.step, val_loss=loss)
+            self.console.print(f"step {self.step}: validation loss {loss:.4f}")
+        if self.sample and not always and self._due(self.config.sample_every):
+            self.console.rule(f"sample at step {self.step}")
+            self.console.print(self.sample(self.model), markup=False, highlight=False)
+            self.console.rule()
+
+
+def _status(values: dict[str, float]) -> str:
+    mfu = f" · MFU {values['mfu']:.1%}" if "mfu" in values else ""
+    return f"loss {values['loss']:.4f} · {values['tokens_per_second']:,.0f} tokens/s{mfu}"
+
+
+@contextmanager
+def stop_on_signal(trainer: Trainer) -> Iterator[None]:
+    """Ctrl-C or SIGTERM asks the trainer to stop after the step; a second one interrupts at once."""
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if trainer.stop_requested:
+            raise KeyboardInterrupt
+        trainer.stop_requested = True
+        trainer.console.print("stopping after this step; once more to stop at once, without saving")
+
+    try:
+        previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals stay with whoever runs us
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+def check_resumable(checkpoint: Path, config: TrainConfig, changeable: tuple[str, ...]) -> None:
+    """Raise InputError if a setting that decides the result differs from the checkpoint's."""
+    saved = read_training(checkpoint)["settings"]
+    for name, value in asdict(config).items():
+        value = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+        if name not in changeable and name in saved and saved[name] != value:
+            raise InputError(
+                f"cannot resume: {name} was {saved[name]} in '{checkpoint}' and is {value} now; use the same settings, or "
+                f"start a new run with --init-from {checkpoint}"
+            )

@@ -1,0 +1,87 @@
+"""The registry: who answers, what forcing a backend does, and what is said where a backend cannot be had."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import pygpt
+from pygpt import ops
+from pygpt.ops import backends
+
+needs_extension = pytest.mark.skipif(backends.extension is None, reason="pygpt._C is not built")
+OPS = {"embedding", "layer_norm", "add_layer_norm", "causal_attention", "linear_cross_entropy"}
+
+
+@needs_extension
+def test_cpp_answers_by_default_where_it_has_a_kernel():
+    table = pygpt.backends()
+    assert set(table) == OPS
+    assert {op: row["cpu"] for op, row in table.items()} == {
+        op: "eager" if op == "linear_cross_entropy" else "cpp" for op in OPS
+    }
+
+
+@needs_extension
+def test_use_backend_as_function_and_as_context():
+    x, weight = torch.randn(2, 8, requires_grad=True), torch.ones(8)
+
+    def who() -> str:
+        return type(ops.layer_norm(x, weight).grad_fn).__name__
+
+    default = who()
+    with pygpt.use_backend("eager"):
+        assert who() == "NativeLayerNormBackward0"
+        with pygpt.use_backend("cpp"):
+            assert who() == default
+        assert who() == "NativeLayerNormBackward0"
+    assert who() == default != "NativeLayerNormBackward0"
+    pygpt.use_backend("eager")
+    assert who() == "NativeLayerNormBackward0"
+    pygpt.use_backend("auto")
+    assert who() == default
+
+
+def test_unknown_and_unavailable_backends():
+    with pytest.raises(ValueError, match="unknown backend 'fast'"):
+        pygpt.use_backend("fast")
+    if not torch.cuda.is_available():
+        for name in ("cuda", "triton"):
+            with pytest.raises(ValueError, match=f"backend '{name}' is not available: .+"):
+                pygpt.use_backend(name)
+    assert backends.forced() is None
+
+
+def test_report_gives_a_reason_for_every_backend_not_in_use():
+    rows = backends.report()
+    assert {(row.op, row.device) for row in rows} >= {(op, "cpu") for op in OPS}
+    for row in rows:
+        assert row.backend in backends.BACKENDS
+        assert all(reason.strip() for reason in row.why_not.values()), row
+        assert row.backend not in row.why_not
+
+
+def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **variables}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_environment_variables():
+    code = "import pygpt; print(pygpt.backends()['layer_norm']['cpu'])"
+    assert run(code, PYGPT_BACKEND="eager").stdout.strip() == "eager"
+    broken = run(code, PYGPT_BACKEND="fast")
+    assert broken.returncode != 0
+    assert "unknown backend 'fast'" in broken.stderr
+
+
+@needs_extension
+def test_cpu_capability_variable():
+    code = "import pygpt._C as c; print(c.cpu_capability())"
+    assert run("import torch; " + code, PYGPT_CPU_CAPABILITY="default").stdout.strip() == "default"
+    broken = run("import torch; " + code, PYGPT_CPU_CAPABILITY="avx1024")
+    assert "avx1024" in broken.stderr
+    assert broken.returncode == 1  # an exception, not a crash

@@ -1,0 +1,87 @@
+"""The chunked head + loss against F.cross_entropy of whole logits in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from common import assert_close, double, leaf
+
+from pygpt.ops import cross_entropy, linear_cross_entropy
+from pygpt.ops.cross_entropy import linear_cross_entropy_reference
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("N", "C", "V"), [(1, 1, 1), (1, 8, 50), (37, 16, 101), (64, 32, 7)])
+@pytest.mark.parametrize("rows", [16, 1000])
+def test_matches_float64(monkeypatch, N, C, V, dtype, rows):
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", rows * 4 * V)
+    hidden, weight = leaf(N, C, dtype=dtype), leaf(V, C, dtype=dtype, seed=1)
+    targets = torch.randint(V, (N,), generator=torch.Generator().manual_seed(2))
+    if N > 3:
+        targets[[0, N // 2, N - 1]] = -100
+    rh, rw = double(hidden), double(weight)
+    loss, expected = linear_cross_entropy(hidden, weight, targets), linear_cross_entropy_reference(rh, rw, targets)
+    (3 * loss).backward()
+    (3 * expected).backward()
+    assert loss.dtype == torch.float32
+    assert_close(loss, expected, dtype)
+    assert_close(hidden.grad, rh.grad, dtype, "grad hidden")
+    assert_close(weight.grad, rw.grad, dtype, "grad weight")
+
+
+def test_gradients_of_one_input_only():
+    targets = torch.tensor([1, 2, 0])
+    for which in (0, 1):
+        inputs = [leaf(3, 4).detach(), leaf(5, 4, seed=1).detach()]
+        inputs[which].requires_grad_()
+        linear_cross_entropy(*inputs, targets).backward()
+        reference = [double(t) for t in inputs]
+        linear_cross_entropy_reference(*reference, targets).backward()
+        assert_close(inputs[which].grad, reference[which].grad)
+        assert inputs[1 - which].grad is None
+
+
+def test_all_ignored_and_empty():
+    hidden, weight = leaf(4, 8), leaf(10, 8, seed=1)
+    loss = linear_cross_entropy(hidden, weight, torch.full((4,), -100))
+    loss.backward()
+    assert torch.isnan(loss)  # a mean over nothing, as F.cross_entropy has it
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
+    assert torch.isnan(linear_cross_entropy(hidden[:0], weight, torch.zeros(0, dtype=torch.long)))
+
+
+def test_large_logits_do_not_overflow():
+    hidden, weight = leaf(6, 8, scale=300.0), leaf(20, 8, scale=30.0, seed=1)
+    targets = torch.arange(6)
+    loss = linear_cross_entropy(hidden, weight, targets)
+    loss.backward()
+    expected = linear_cross_entropy_reference(hidden.double(), weight.double(), targets)
+    assert_close(loss, expected)
+    assert torch.isfinite(weight.grad).all()
+
+
+def test_autocast_matches_bfloat16_inputs():
+    hidden, weight = leaf(9, 16), leaf(30, 16, seed=1)
+    targets = torch.arange(9)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, targets)
+    loss.backward()
+    assert hidden.grad.dtype == torch.float32
+    assert torch.equal(loss, linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), targets))
+
+
+def test_bad_input():
+    hidden, weight, targets = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 2])
+    with pytest.raises(ValueError, match=r"\(N, C\) and \(V, C\)"):
+        linear_cross_entropy(hidden, torch.randn(5, 3), targets)
+    with pytest.raises(ValueError, match=r"must be \(N,\)"):
+        linear_cross_entropy(hidden, weight, targets[:2])
+    with pytest.raises(ValueError, match="target 5 at position 1"):
+        linear_cross_entropy(hidden, weight, torch.tensor([0, 5, 2]))
+    with pytest.raises(ValueError, match="target -1 at position 0"):
+        linear_cross_entropy(hidden, weight, torch.tensor([-1, 1, 2]))
+    with pytest.raises(TypeError, match="int64"):
+        linear_cross_entropy(hidden, weight, targets.float())
+    with pytest.raises(TypeError, match="dtype"):
+        linear_cross_entropy(hidden, weight.double(), targets)
