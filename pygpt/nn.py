@@ -86,7 +86,7 @@ class MLP(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")), self.dropout, self.training)
+        return F.dropout(self.c_proj(ops.gelu(self.c_fc(x))), self.dropout, self.training)
 
 
 class Block(nn.Module):

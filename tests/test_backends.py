@@ -14,7 +14,7 @@ from pygpt import ops
 from pygpt.ops import backends
 
 needs_extension = pytest.mark.skipif(backends.extension is None, reason="pygpt._C is not built")
-OPS = {"embedding", "layer_norm", "add_layer_norm", "causal_attention", "linear_cross_entropy"}
+OPS = {"embedding", "layer_norm", "add_layer_norm", "causal_attention", "gelu", "linear_cross_entropy"}
 
 
 @needs_extension

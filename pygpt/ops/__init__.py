@@ -3,6 +3,7 @@
 from pygpt.ops.attention import causal_attention
 from pygpt.ops.cross_entropy import linear_cross_entropy
 from pygpt.ops.embedding import embedding, embedding_backward_
+from pygpt.ops.gelu import gelu
 from pygpt.ops.layer_norm import add_layer_norm, layer_norm
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "causal_attention",
     "embedding",
     "embedding_backward_",
+    "gelu",
     "layer_norm",
     "linear_cross_entropy",
 ]
