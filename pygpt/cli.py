@@ -85,6 +85,7 @@ def run(command: object) -> None:
         case PrepareConfig():
             prepare(command)
         case PretrainConfig():
+            pygpt.tune_allocator()
             pretrain(command, console)
         case GenerateConfig():
             generate(command)

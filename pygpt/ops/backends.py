@@ -2,7 +2,8 @@
 
 A *backend* is a column of the grid: `eager` (the reference in plain PyTorch, always there), `cpp` (compiled CPU kernels,
 `pygpt._C`), `cuda` (compiled CUDA kernels, `pygpt._cuda`), `triton` (`pygpt.kernels`). By default each op takes the
-first backend of its device's order that has a kernel for the dtype, else `eager`. `use_backend` or the variable
+first backend of its device's order that has a kernel for the dtype, else `eager`; on a GPU the order is what measured
+fastest there (choices.py). `use_backend` or the variable
 PYGPT_BACKEND force one: then a dtype or device it cannot serve is an error, never a silent fallback, and only ops that
 have no kernel in that column at all still run the reference.
 """
@@ -10,17 +11,20 @@ have no kernel in that column at all still run the reference.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType, TracebackType
 
 import torch
 
 from pygpt.errors import InputError
+from pygpt.ops import choices
 
 BACKENDS = ("eager", "cpp", "cuda", "triton")
-DEVICE_ORDER = {"cpu": ("cpp", "eager"), "cuda": ("cuda", "triton", "eager")}
+CPU_ORDER = ("cpp", "eager")
+MINIMUM_CUDA_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,39 @@ def _load(module: str, missing: str) -> tuple[ModuleType | None, str]:
     return None, problem
 
 
+def _load_cuda(path: str | None, torch_cuda: str | None) -> str:
+    """Load the CUDA kernels' library; returns why not, or "". Loading touches no device."""
+    if path is None:
+        return "not built (no nvcc at install, or PYGPT_CUDA=off)"
+    if torch_cuda is None:
+        return f"built, but torch {torch.__version__} is a build without CUDA"
+    if extension is None:
+        return "built, but it needs pygpt._C, which is not there"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        problem = f"failed to load: {error}"
+        warnings.warn(f"{path} {problem}; running without it", stacklevel=2)
+        return problem
+    return ""
+
+
+def _cuda_device_problem() -> str:
+    """Why CUDA kernels cannot run on this machine. Asked late: it is the first thing that touches a device."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if torch.cuda.get_device_capability() < MINIMUM_CUDA_CAPABILITY:
+        return f"{torch.cuda.get_device_name()} is older than compute capability 8.0"
+    return ""
+
+
 extension, _cpp_problem = _load("pygpt._C", "not built (no C++ compiler at install, or PYGPT_BUILD_EXT=off)")
+_cuda_spec = importlib.util.find_spec("pygpt._cuda")
+_cuda_problem = _load_cuda(_cuda_spec.origin if _cuda_spec else None, torch.version.cuda)
 
 _columns: dict[str, Column] = {
     "cpp": Column("cpp", "cpu", _cpp_problem),
-    "cuda": Column("cuda", "cuda", "not built"),
+    "cuda": Column("cuda", "cuda", _cuda_problem),
     "triton": Column("triton", "cuda", "not built"),
 }
 _kernels: dict[str, dict[str, frozenset[torch.dtype]]] = {}  # op -> backend -> dtypes
@@ -77,7 +109,14 @@ def register(op: str, **dtypes: tuple[torch.dtype, ...]) -> None:
 
 def ready(backend: str) -> bool:
     """Whether a backend can run on this machine at all."""
-    return backend == "eager" or not _columns[backend].problem
+    return backend == "eager" or not problem(backend)
+
+
+def problem(backend: str) -> str:
+    """Why a backend cannot run on this machine; empty where it can."""
+    if backend == "cuda" and not _columns[backend].problem:
+        return _cuda_device_problem()
+    return _columns[backend].problem
 
 
 def choose(op: str, x: torch.Tensor) -> str:
@@ -92,7 +131,7 @@ def choose(op: str, x: torch.Tensor) -> str:
 def _resolve(op: str, device: str, dtype: torch.dtype, forced: str | None) -> str:
     kernels = _kernels[op]
     if forced is None:
-        for backend in DEVICE_ORDER.get(device, ()):
+        for backend in _order(op, device):
             if dtype in kernels.get(backend, ()) and ready(backend):
                 return backend
         return "eager"
@@ -110,6 +149,13 @@ def _resolve(op: str, device: str, dtype: torch.dtype, forced: str | None) -> st
             f"use one of these dtypes, or drop use_backend / PYGPT_BACKEND"
         )
     return forced
+
+
+def _order(op: str, device: str) -> tuple[str, ...]:
+    """The backends that `auto` tries for an op on a device, best first."""
+    if device == "cuda":
+        return choices.preferred(op, torch.cuda.get_device_capability())
+    return CPU_ORDER if device == "cpu" else ("eager",)
 
 
 class _Restore:
@@ -140,7 +186,7 @@ def use_backend(name: str | None) -> _Restore:
     if name is not None and name not in BACKENDS:
         raise InputError(f"unknown backend '{name}': choose one of auto, {', '.join(BACKENDS)}")
     if name is not None and not ready(name):
-        raise InputError(f"backend '{name}' is not available: {_columns[name].problem}")
+        raise InputError(f"backend '{name}' is not available: {problem(name)}")
     previous, _forced = _forced, name
     return _Restore(previous)
 
@@ -188,11 +234,13 @@ def _why_not(op: str, device: str, backend: str) -> str:
     column = _columns[backend]
     if backend not in _kernels[op]:
         return "no kernel for this op"
-    if column.problem:
-        return column.problem
+    if problem(backend):
+        return problem(backend)
     if column.device != device:
         return f"runs on {column.device}"
-    return f"'{_forced}' was asked for" if _forced else "another backend is preferred"
+    if _forced:
+        return f"'{_forced}' was asked for"
+    return "another backend is preferred" if backend in _order(op, device) else "not measured faster on this GPU"
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -205,7 +253,18 @@ def _names(dtypes: frozenset[torch.dtype]) -> str:
 
 def columns() -> list[Column]:
     """The compiled and just-in-time backends and what became of loading each."""
-    return list(_columns.values())
+    return [replace(column, problem=problem(name)) for name, column in _columns.items()]
+
+
+def tune_allocator() -> bool:
+    """Let the C library keep freed memory instead of returning it to the kernel, in this process from now on.
+
+    A training step frees and allocates the same large tensors again and again; by default glibc maps fresh pages each
+    time, and on CPUs up to a third of the step goes into page faults. `pygpt pretrain` does this by itself; importing pygpt
+    changes nothing. Peak memory stays about the same, but it is not given back. Returns whether it had an effect: False
+    without compiled kernels or glibc.
+    """
+    return extension is not None and extension.tune_allocator()
 
 
 def build_info() -> dict[str, str]:

@@ -16,8 +16,9 @@ from pygpt.ops.autograd import differentiable
 from pygpt.ops.checks import check_device, check_floating
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
-backends.register("layer_norm", cpp=KERNEL_DTYPES)
-backends.register("add_layer_norm", cpp=KERNEL_DTYPES)
+GPU_DTYPES = (*KERNEL_DTYPES, torch.float16)
+backends.register("layer_norm", cpp=KERNEL_DTYPES, cuda=GPU_DTYPES)
+backends.register("add_layer_norm", cpp=KERNEL_DTYPES, cuda=GPU_DTYPES)
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
