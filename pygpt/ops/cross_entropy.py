@@ -19,7 +19,7 @@ from pygpt.ops import backends
 from pygpt.ops.checks import check_device
 from pygpt.ops.linear import matmul_nt
 
-backends.register("linear_cross_entropy")  # no compiled kernel: the chunks below are the implementation on every device
+backends.register("linear_cross_entropy")  # without Triton the chunks below are the implementation on every device
 
 CHUNK_BYTES = 64 << 20  # float32 logits held at a time
 
@@ -77,6 +77,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             need_hidden, need_weight = ctx.needs_input_grad[:2]
+            if backends.choose("linear_cross_entropy", hidden) == "triton":
+                from pygpt.kernels.cross_entropy import linear_cross_entropy as kernel  # imports Triton
+
+                loss, *grads = kernel(hidden, weight, targets, ignore_index, need_hidden, need_weight)
+                ctx.save_for_backward(*grads)
+                return loss
             valid = targets != ignore_index
             count = valid.sum()
             safe = targets.where(valid, 0).unsqueeze(1)  # an ignored row takes part with weight 0
