@@ -11,8 +11,11 @@ SOURCES := pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
 demo: $(VENV)/.train            ## pretrain a small GPT on Python's standard library and print a sample
 	$(BIN)/pygpt info
-	$(BIN)/pygpt prepare --out data/stdlib
-	$(BIN)/pygpt pretrain --data data/stdlib --out runs/demo
+	$(BIN)/pygpt prepare --tokenizer char --max-chars 127 --out data/stdlib
+	$(BIN)/pygpt pretrain --data data/stdlib --out runs/demo --overwrite --n-layer 4 --n-head 4 --n-embd 128 \
+	  --batch-size 16 --block-size 128 --steps 1500 --learning-rate 3e-3 --prompt "def " --sample-tokens 500
+	@echo "checkpoint: runs/demo/checkpoints   loss plot: runs/demo/loss.png"
+	@echo "try: $(BIN)/pygpt generate runs/demo --prompt 'class '"
 
 test: $(VENV)/.test             ## every test
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
