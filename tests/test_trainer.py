@@ -38,15 +38,15 @@ JUMPS = torch.rand(4096, generator=torch.Generator().manual_seed(0)) < 0.1
 TOKENS = (torch.arange(4096) + 5 * JUMPS.cumsum(0)) % VOCABULARY
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def flushed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was flushed to disk, in order, among renames. Nothing really is: how long that takes depends on whatever else
-    this machine writes, and was seen to be over a minute."""
+    """What was flushed to disk and renamed, in this order."""
     events: list[str] = []
-    rename = os.replace
+    flush, rename = os.fsync, os.replace
 
     def fsync(descriptor: int) -> None:
         events.append(f"flush {os.path.relpath(os.readlink(f'/proc/self/fd/{descriptor}'))}" if LINUX else "flush")
+        flush(descriptor)
 
     def replace(source: str | Path, target: str | Path) -> None:
         events.append(f"rename {os.path.relpath(target)}")
