@@ -125,12 +125,16 @@ static void finish_rows(const AttentionShape& shape, const float* o, Running run
   for (int64_t r = 0; r < rows; ++r) lse[r] = (running.largest[r] + std::log2(lse[r])) * kLn2;
 }
 
+template <class T>
+PYGPT_INLINE void prefetch_row(const T* row, int64_t D) {
+  for (int64_t d = 0; d < D; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + d);
+}
+
 // Asks for rows r .. r + kRows of one block of a head, so that packing finds them in the cache.
 template <class T>
 PYGPT_INLINE void prefetch_rows(HeadView<const T> x, int64_t H, int64_t D, int64_t head, int64_t first, int64_t end) {
   const T* row = x.data + head / H * x.batch + head % H * x.head + first * x.time;
-  for (int64_t r = first; r < end && r < first + kRows; ++r, row += x.time)
-    for (int64_t d = 0; d < D; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + d);
+  for (int64_t r = first; r < end && r < first + kRows; ++r, row += x.time) prefetch_row(row, D);
 }
 
 // Work items first .. last, an item being (batch, head, block of queries) in this order, ascending.
