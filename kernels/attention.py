@@ -41,11 +41,11 @@ def forward_config(arch: int, T: int, D: int, dtype: torch.dtype, dropout: bool)
     if dtype == torch.float32:
         return Config(32, 32, 4, 1)
     if T <= 64:
-        return Config(64, 64, 4, 1) if D <= 128 else Config(64, 32, 4, 1)
+        return Config(64, 64, 4, 1) if D <= 128 else Config(32, 32, 4, 1)
     if D > 128:
-        return Config(64, 32, 4, 1)
+        return Config(64 if arch >= 90 else 32, 32, 4, 1)
     if D > 64:
-        return Config(128, 64, 8, 2)
+        return Config(64 if dropout and arch < 90 else 128, 64, 8, 2)
     if arch >= 90:  # at 128 registers two programs share a multiprocessor: one's softmax hides the other's products
         return Config(128, 64, 8, 3, None if dropout else 128)
     return Config(128, 64, 8, 3) if dropout else Config(128, 64, 4, 3)
