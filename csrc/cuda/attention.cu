@@ -124,11 +124,8 @@ __global__ void __launch_bounds__(kTileThreads, D == 64 ? 3 : 2) forward(Attenti
     if (query >= p.T) continue;
     const float lse = sum > 0.0f ? (largest[half] + log2f(sum)) / kLog2e : kNegativeInfinity;
     const int64_t at = (int64_t(p.splits > 1 ? split : 0) * heads + head) * p.T + query;
-    if (p.splits == 1) {
-      p.lse[at] = lse;
-      continue;
-    }
-    if (lane % 4 == 0) p.partial_lse[at] = lse;
+    if (lane % 4 == 0) (p.splits == 1 ? p.lse : p.partial_lse)[at] = lse;
+    if (p.splits == 1) continue;
 #pragma unroll
     for (int n = 0; n < D / 8; ++n) {
       const int column = n * 8 + lane % 4 * 2;
