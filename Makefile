@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench gpu lint clean
 
 demo: $(VENV)/.train            ## pretrain a small GPT on Python's standard library and print a sample
 	$(BIN)/pygpt info
@@ -27,6 +27,10 @@ lint: $(VENV)/.dev              ## formatting, lint, types
 
 bench: $(VENV)/.bench           ## every op and the model against eager PyTorch; writes bench/results/
 	$(BIN)/python -m pytest bench
+
+gpu: $(VENV)/.bench             ## on a machine with an NVIDIA GPU: GPU tests, then every op and GPT-2 124M against their peers
+	$(BIN)/python -m pytest tests/test_gpu.py
+	$(BIN)/python bench/gpu.py
 
 clean:
 	rm -rf $(VENV) build
