@@ -100,6 +100,7 @@ _columns: dict[str, Column] = {
 }
 _kernels: dict[str, dict[str, frozenset[torch.dtype]]] = {}  # op -> backend -> dtypes
 _forced: str | None = None
+_environment = os.environ.get("PYGPT_BACKEND")  # looked at when it first matters: `import pygpt` never fails for it
 _chosen: dict[tuple[str, str, torch.dtype, str | None], str] = {}
 
 
@@ -164,6 +165,8 @@ def choose(op: str, x: torch.Tensor) -> str:
     key = (op, x.device.type, x.dtype, _forced)
     backend = _chosen.get(key)
     if backend is None:
+        _apply_environment()
+        key = (op, x.device.type, x.dtype, _forced)
         backend = _chosen[key] = _resolve(*key)
     return backend
 
@@ -219,6 +222,7 @@ def use_backend(name: str | None) -> _Restore:
     Works as a function, `pygpt.use_backend("eager")`, and as a context manager. Raises InputError for an unknown name
     and for a backend that is not available here, saying why.
     """
+    _apply_environment()
     if name == "auto":
         name = None
     if name is not None and name not in BACKENDS:
@@ -230,8 +234,16 @@ def use_backend(name: str | None) -> _Restore:
     return _Restore(previous)
 
 
+def _apply_environment() -> None:
+    global _environment
+    name, _environment = _environment, None
+    if name:
+        use_backend(name)
+
+
 def forced() -> str | None:
     """The backend that use_backend or PYGPT_BACKEND forces, if any."""
+    _apply_environment()
     return _forced
 
 
@@ -247,11 +259,13 @@ def devices() -> list[str]:
 
 def backends() -> dict[str, dict[str, str]]:
     """The backend in use: {op: {device: backend}}, for float32 (see `report` for the dtypes and the reasons)."""
+    _apply_environment()
     return {op: {device: _in_use(op, device) for device in devices()} for op in _kernels}
 
 
 def report() -> list[Row]:
     """One Row per op and device that torch knows of here, with the reason why each other backend is not in use."""
+    _apply_environment()
     rows = []
     for op, kernels in _kernels.items():
         for device in devices():
@@ -315,7 +329,3 @@ def build_info() -> dict[str, str]:
         "compiled kernels": f"pygpt._C {extension.version}, built with torch {extension.built_with_torch}",
         "CPU capability": f"{extension.cpu_capability()} (of {', '.join(extension.available_cpu_capabilities())})",
     }
-
-
-if os.environ.get("PYGPT_BACKEND"):
-    use_backend(os.environ["PYGPT_BACKEND"])
