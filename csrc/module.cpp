@@ -21,6 +21,16 @@ bool tune_allocator() {
 #endif
 }
 
+// Whether MKL, torch's library for float32 products on x86, leaves half of this processor unused and oneDNN does not.
+bool prefers_onednn() {
+#if PYGPT_X86_LEVELS
+  __builtin_cpu_init();
+  return !__builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -32,6 +42,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability", &pygpt::capability_name, "Instruction set the CPU kernels use.");
   m.def("available_cpu_capabilities", &pygpt::available_capabilities, "Instruction sets of this machine, lowest first.");
   m.def("set_cpu_capability", &pygpt::set_capability, pybind11::arg("name"), "Lower the instruction set, or raise it again.");
+  m.def("prefers_onednn", &prefers_onednn, "Whether float32 products are faster through oneDNN than through MKL here.");
   m.def("tune_allocator", &tune_allocator, "Keep freed memory in this process; see pygpt.tune_allocator.");
   pygpt::capability();  // a bad PYGPT_CPU_CAPABILITY is an error here, at import, not in the first kernel
 }

@@ -1,0 +1,51 @@
+"""Triton kernels, one op per file; the host functions have the names, arguments and results of csrc/schema.cpp.
+
+They are usable by themselves (`pygpt.kernels.layer_norm.layer_norm_forward(x, ...)`) and answer the project's operators
+on CUDA tensors once `serve` has run; pygpt/ops/backends.py calls it. Importing this package imports no Triton.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# Module -> the operators of the namespace `pygpt` that it implements.
+OPERATORS = {
+    "embedding": ("embedding_forward", "embedding_backward", "embedding_backward_"),
+    "layer_norm": (
+        "layer_norm_forward", "layer_norm_backward", "add_layer_norm_forward", "add_layer_norm_backward",
+    ),
+    "attention": ("causal_attention_forward", "causal_attention_backward"),
+}  # fmt: skip
+
+_library: torch.library.Library | None = None  # holds the registrations: they end with it
+
+
+def _on_device_of_first_argument(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    # Triton launches on the current device, the dispatcher only promises that the tensors share one.
+    @functools.wraps(kernel)
+    def call(first: torch.Tensor, *rest: Any) -> Any:
+        with torch.cuda.device(first.get_device()):
+            return kernel(first, *rest)
+
+    return call
+
+
+def serve(replace: bool = False) -> None:
+    """Let the kernels answer the operators on CUDA tensors: where nothing else does, or everywhere if `replace`.
+
+    Calling it again replaces the former choice. Raises ImportError where Triton is missing or broken.
+    """
+    global _library
+    _library = None
+    library = torch.library.Library("pygpt", "IMPL", "CUDA")
+    for module, names in OPERATORS.items():
+        kernels = importlib.import_module(f"pygpt.kernels.{module}")
+        for name in names:
+            if replace or not torch._C._dispatch_has_kernel_for_dispatch_key(f"pygpt::{name}", "CUDA"):
+                library.impl(name, _on_device_of_first_argument(getattr(kernels, name)))
+    _library = library

@@ -7,14 +7,19 @@ case runs under several orders of threads and blocks.
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from common import assert_close, double, leaf
+from common import TOLERANCE, assert_close, double, leaf
 from cuda_emulation import build
+from test_attention import SHAPES as ATTENTION_SHAPES
+from test_attention import explicit
 from test_layer_norm import SHAPES as LAYER_NORM_SHAPES
+
+from pygpt.ops.attention import dropout_mask
 
 pytestmark = pytest.mark.skipif(bool(build.missing()), reason=build.missing() or "built")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -142,6 +147,100 @@ def test_embedding_of_ids_out_of_range(op):
     wanted = torch.zeros(5, 8)
     wanted[[0, 4, 3]] = grad[0, [0, 2, 5]]
     assert torch.equal(token_grad, wanted)
+
+
+ATTENTIONS = [
+    *ATTENTION_SHAPES,
+    (2, 70, 70, 2, 8),
+    (1, 190, 190, 1, 64),
+    (1, 100, 165, 2, 128),
+    (1, 66, 130, 1, 72),
+    (3, 1, 700, 2, 64),
+    (1, 9, 9, 1, 136),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize("shape", ATTENTIONS, ids=str)
+def test_attention(op, shape, dtype, dropout_p):
+    B, T, S, H, D = shape
+    q, k, v, grad = (random(B, n, H, D, dtype=dtype, seed=i) for i, n in enumerate([T, S, S, T]))
+    compare_attention(op, q, k, v, grad, dropout_p)
+
+
+def compare_attention(op, q, k, v, grad, dropout_p=0.0, scale=None):
+    B, T, H, D = q.shape
+    dtype, scale = q.dtype, 1 / math.sqrt(D) if scale is None else scale
+    seed = torch.tensor([-0x123456789ABCDEF]) if dropout_p else None
+    keep = dropout_mask(seed, (B, H, T, k.shape[1]), dropout_p) if dropout_p else None
+    out, lse = op.causal_attention_forward(q, k, v, scale, dropout_p, seed)
+    leaves = [double(t).requires_grad_() for t in (q, k, v)]
+    reference, reference_lse = explicit(*leaves, scale, keep, dropout_p)
+    assert out.is_contiguous()
+    assert_close(out, reference, dtype, "out")
+    assert_close(lse, reference_lse, torch.float32, "lse")
+    grads = op.causal_attention_backward(grad, q, k, v, out, lse, scale, dropout_p, seed)
+    wanted = torch.autograd.grad(reference, leaves, grad.double())
+    for name, g, w in zip("qkv", grads, wanted, strict=True):
+        # As in test_attention: dS is a difference of numbers of size sqrt(D) / (1 - p), one of them from the rounded output,
+        # and is itself rounded to the dtype before the product with a row of k, whose largest elements are near 4.
+        rounded = dtype != torch.float32 or k.shape[1] == 1
+        floor = 4 * abs(scale) * math.sqrt(D) / (1 - dropout_p) if rounded and name != "v" else 0.0
+        assert_close(g, w, dtype, f"grad {name}", max(floor, 1e-2))
+        if k.shape[1] > 8 and w.abs().max() > 1e-2:  # such elements are few: on the whole the error is a rounding
+            error = (g.double() - w).norm() / w.norm()
+            assert error < TOLERANCE[dtype], f"grad {name}: relative error of the whole {error:.2g}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["packed", "heads first", "every second", "cache", "unaligned"])
+def test_attention_of_views(op, layout, dtype):
+    B, T, S, H, D = 2, 70, 90, 2, 64
+    q, k, v = (random(B, n, H, D, dtype=dtype, seed=i) for i, n in enumerate([T, S, S]))
+    if layout == "packed":
+        q, k, v = random(B, T, 3 * H * D, dtype=dtype).view(B, T, 3, H, D).unbind(2)
+    elif layout == "heads first":
+        q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
+    elif layout == "every second":
+        q, k, v = (random(B, n, H, 2 * D, dtype=dtype, seed=i)[..., ::2] for i, n in enumerate([T, S, S]))
+    elif layout == "cache":
+        k, v = (random(B, S + 17, H, D, dtype=dtype, seed=i)[:, :S] for i in (1, 2))
+    else:
+        q, k, v = (random(B, n, H, D + 1, dtype=dtype, seed=i)[..., 1:] for i, n in enumerate([T, S, S]))
+    grad = random(B, q.shape[1], H, D, dtype=dtype, seed=7)
+    for scale in (None, -0.3):
+        compare_attention(op, q, k, v, grad, 0.1, scale)
+    compare_attention(op, q, k, v, random(1, 1, 1, 1, dtype=dtype).expand(q.shape))  # what sum() hands to backward
+
+
+def test_attention_of_nothing(op):
+    for B, T, S, H in [(0, 4, 4, 2), (2, 0, 0, 2), (2, 4, 9, 0), (2, 0, 5, 2)]:
+        q, k, v = (random(B, n, H, 16, dtype=torch.bfloat16) for n in (T, S, S))
+        out, lse = op.causal_attention_forward(q, k, v, 0.25, 0.0, None)
+        grads = op.causal_attention_backward(out, q, k, v, out, lse, 0.25, 0.0, None)
+        assert out.shape == q.shape
+        assert torch.equal(grads[1], torch.zeros_like(k))
+        assert torch.equal(grads[2], torch.zeros_like(v))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_decoding_equals_one_pass(op, dtype):
+    q, k, v = (random(1, 330, 2, 64, dtype=dtype, seed=i) for i in range(3))
+    whole, _ = op.causal_attention_forward(q, k, v, 0.125, 0.0, None)
+    for begin, end in [(0, 70), (70, 71), (71, 73), (200, 201), (201, 264), (329, 330)]:
+        out, _ = op.causal_attention_forward(q[:, begin:end], k[:, :end], v[:, :end], 0.125, 0.0, None)
+        assert_close(out, whole[:, begin:end], dtype, f"queries {begin} to {end}")
+
+
+def test_attention_of_large_scores(op):
+    for dtype in DTYPES:
+        q, k, v = (40 * random(1, 100, 2, 64, dtype=dtype, seed=i) for i in range(3))
+        out, lse = op.causal_attention_forward(q, k, v, 1.0, 0.0, None)
+        grads = op.causal_attention_backward(torch.ones_like(out), q, k, v, out, lse, 1.0, 0.0, None)
+        assert all(torch.isfinite(t).all() for t in (out, lse, *grads))
+        exact, _ = explicit(q.double(), k.double(), v.double(), 1.0)
+        assert ((out.double() - exact).abs() < 0.02 * exact.abs().max()).double().mean() > 0.99
 
 
 def test_same_bits_under_every_order(library):

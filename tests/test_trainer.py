@@ -28,6 +28,7 @@ from pygpt.train.checkpoint import checkpoints
 from pygpt.train.metrics import read_metrics
 from pygpt.train.trainer import DivergedError, resolve_device
 
+LINUX = sys.platform == "linux"
 VOCABULARY, BLOCK, BATCH = 17, 16, 4
 SETTINGS = TrainConfig(
     steps=20, learning_rate=1e-2, warmup=4, log_every=1, eval_every=5, checkpoint_every=5, device="cpu", keep=2
@@ -35,6 +36,25 @@ SETTINGS = TrainConfig(
 # A text with something to learn: every token is followed by the next one, modulo the vocabulary, nine times of ten.
 JUMPS = torch.rand(4096, generator=torch.Generator().manual_seed(0)) < 0.1
 TOKENS = (torch.arange(4096) + 5 * JUMPS.cumsum(0)) % VOCABULARY
+
+
+@pytest.fixture
+def flushed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was flushed to disk and renamed, in this order."""
+    events: list[str] = []
+    flush, rename = os.fsync, os.replace
+
+    def fsync(descriptor: int) -> None:
+        events.append(f"flush {os.path.relpath(os.readlink(f'/proc/self/fd/{descriptor}'))}" if LINUX else "flush")
+        flush(descriptor)
+
+    def replace(source: str | Path, target: str | Path) -> None:
+        events.append(f"rename {os.path.relpath(target)}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    return events
 
 
 def make_model(dropout: float = 0.0, seed: int = 0) -> GPT:
@@ -233,6 +253,18 @@ def test_sigterm_saves_too(tmp_path):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_signal_during_an_evaluation_is_not_lost(tmp_path):
+    def evaluate(model: GPT) -> float:
+        if trainer.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return 1.0
+
+    trainer = make_trainer(tmp_path, replace(SETTINGS, checkpoint_every=0), evaluate=evaluate)
+    trainer.train()
+    assert trainer.step == 6
+    assert resolve_checkpoint(tmp_path).name == "step_00000006"
+
+
 def test_a_second_signal_stops_at_once(tmp_path):
     def impatient(index: int) -> tuple[Tensor, ...]:
         os.kill(os.getpid(), signal.SIGINT)
@@ -354,6 +386,17 @@ def test_what_resolves_to_a_checkpoint(tmp_path):
         resolve_checkpoint(tmp_path / "nowhere")
     with pytest.raises(MissingFileError, match="neither"):
         resolve_checkpoint(tmp_path)
+
+
+@pytest.mark.skipif(not LINUX, reason="names of open files come from /proc")
+def test_a_checkpoint_is_on_disk_before_it_has_its_name(tmp_path, flushed, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_trainer(Path("run"), replace(SETTINGS, steps=1), evaluate=None).train()
+    rename = flushed.index("rename run/checkpoints/step_00000001")
+    names = ["config.json", "model.safetensors", "training.json", "training.safetensors"]
+    temporary = "flush run/checkpoints/.tmp-step_00000001"
+    assert sorted(flushed[rename - 5 : rename]) == [temporary, *(f"{temporary}/{name}" for name in names)]
+    assert flushed[rename + 1] == "flush run/checkpoints"
 
 
 def test_a_failed_write_leaves_the_checkpoints_as_they_were(tmp_path):

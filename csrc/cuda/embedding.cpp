@@ -77,10 +77,22 @@ void backward(Tensor grad, Tensor idx, Tensor token_grad, std::optional<Tensor> 
                      device);
 }
 
+std::tuple<Tensor, Tensor> backward_of_size(Tensor grad, Tensor idx, int64_t token_rows, std::optional<int64_t> position_rows,
+                                            int64_t position_offset) {
+  PYGPT_CHECK(grad.dim() == 3, "embedding_backward: grad must be (B, T, C)");
+  const int64_t sizes[] = {token_rows, grad.size(2)}, position_sizes[] = {position_rows.value_or(0), grad.size(2)};
+  Tensor token_grad = torch::stable::new_zeros(grad, {sizes, 2}), position_grad = torch::stable::new_zeros(grad, {position_sizes, 2});
+  std::optional<Tensor> position;
+  if (position_rows) position = position_grad;
+  backward(grad, idx, token_grad, position, position_offset);
+  return {token_grad, position_grad};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pygpt, PYGPT_CUDA_KEY, m) {
   m.impl("embedding_forward", TORCH_BOX(&forward));
+  m.impl("embedding_backward", TORCH_BOX(&backward_of_size));
   m.impl("embedding_backward_", TORCH_BOX(&backward));
 }
 

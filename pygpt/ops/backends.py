@@ -25,6 +25,9 @@ from pygpt.ops import choices
 BACKENDS = ("eager", "cpp", "cuda", "triton")
 CPU_ORDER = ("cpp", "eager")
 MINIMUM_CUDA_CAPABILITY = (8, 0)
+# The Triton kernels take any of these dtypes, so that their column is one line here instead of one in every op.
+TRITON_OPS = frozenset({"embedding", "layer_norm", "add_layer_norm", "causal_attention", "linear_cross_entropy"})
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -94,19 +97,56 @@ _cuda_problem = _load_cuda(_cuda_spec.origin if _cuda_spec else None, torch.vers
 _columns: dict[str, Column] = {
     "cpp": Column("cpp", "cpu", _cpp_problem),
     "cuda": Column("cuda", "cuda", _cuda_problem),
-    "triton": Column("triton", "cuda", "not built"),
 }
 _kernels: dict[str, dict[str, frozenset[torch.dtype]]] = {}  # op -> backend -> dtypes
 _forced: str | None = None
 _chosen: dict[tuple[str, str, torch.dtype, str | None], str] = {}
 
 
+def _load_triton() -> str:
+    """Make `pygpt.kernels` answer on CUDA tensors; returns what is in the way, nothing when it is ready."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    if torch.version.cuda and major < 8:
+        return f"the GPU's compute capability is {major}.{minor}; 8.0 or later is needed"
+    if extension is None:
+        return "needs pygpt._C, which holds the operators' schemas and was " + _cpp_problem
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        importlib.import_module("pygpt.kernels").serve(replace=_forced == "triton")
+    except ImportError as error:
+        warnings.warn(f"pygpt.kernels failed to load: {error}; running without it", stacklevel=2)
+        return f"failed to load: {error}"
+    return ""
+
+
+def _column(name: str) -> Column:
+    # Triton takes a while to import: only where someone has a use for it.
+    if name == "triton" and name not in _columns:
+        _columns[name] = Column(name, "cuda", _load_triton())
+    return _columns[name]
+
+
+def _force(name: str | None) -> None:
+    """Set the forced backend. Forcing `triton` also takes the operators over from compiled CUDA kernels, as long."""
+    global _forced
+    change = (name == "triton") != (_forced == "triton")
+    _forced = name
+    if change and "triton" in _columns and ready("triton"):
+        importlib.import_module("pygpt.kernels").serve(replace=name == "triton")
+
+
 def register(op: str, **dtypes: tuple[torch.dtype, ...]) -> None:
     """Declare an op and the dtypes each of its kernels serves: `register("layer_norm", cpp=(torch.float32,))`."""
+    if op in TRITON_OPS:
+        dtypes["triton"] = TRITON_DTYPES
     _kernels[op] = {backend: frozenset(served) for backend, served in dtypes.items()}
     _chosen.clear()
 
 
+@torch.compiler.assume_constant_result  # a compiler must not trace into the loading of a backend
 def ready(backend: str) -> bool:
     """Whether a backend can run on this machine at all."""
     return backend == "eager" or not problem(backend)
@@ -116,7 +156,7 @@ def problem(backend: str) -> str:
     """Why a backend cannot run on this machine; empty where it can."""
     if backend == "cuda" and not _columns[backend].problem:
         return _cuda_device_problem()
-    return _columns[backend].problem
+    return _column(backend).problem
 
 
 def choose(op: str, x: torch.Tensor) -> str:
@@ -137,7 +177,7 @@ def _resolve(op: str, device: str, dtype: torch.dtype, forced: str | None) -> st
         return "eager"
     if forced == "eager" or forced not in kernels:
         return "eager"
-    column = _columns[forced]
+    column = _column(forced)
     if column.device != device and device != "meta":
         raise InputError(
             f"{op}: backend '{forced}' was asked for and runs on {column.device}, but the tensors are on {device}; "
@@ -170,8 +210,7 @@ class _Restore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        global _forced
-        _forced = self._previous
+        _force(self._previous)
 
 
 def use_backend(name: str | None) -> _Restore:
@@ -180,14 +219,14 @@ def use_backend(name: str | None) -> _Restore:
     Works as a function, `pygpt.use_backend("eager")`, and as a context manager. Raises InputError for an unknown name
     and for a backend that is not available here, saying why.
     """
-    global _forced
     if name == "auto":
         name = None
     if name is not None and name not in BACKENDS:
         raise InputError(f"unknown backend '{name}': choose one of auto, {', '.join(BACKENDS)}")
     if name is not None and not ready(name):
         raise InputError(f"backend '{name}' is not available: {problem(name)}")
-    previous, _forced = _forced, name
+    previous = _forced
+    _force(name)
     return _Restore(previous)
 
 
@@ -231,7 +270,7 @@ def _in_use(op: str, device: str) -> str:
 
 
 def _why_not(op: str, device: str, backend: str) -> str:
-    column = _columns[backend]
+    column = _column(backend)
     if backend not in _kernels[op]:
         return "no kernel for this op"
     if problem(backend):
@@ -253,7 +292,7 @@ def _names(dtypes: frozenset[torch.dtype]) -> str:
 
 def columns() -> list[Column]:
     """The compiled and just-in-time backends and what became of loading each."""
-    return [replace(column, problem=problem(name)) for name, column in _columns.items()]
+    return [replace(_column(name), problem=problem(name)) for name in BACKENDS if name != "eager"]
 
 
 def tune_allocator() -> bool:

@@ -17,8 +17,9 @@ from torch import Tensor
 from pygpt.errors import InputError, InputTypeError
 from pygpt.ops import backends
 from pygpt.ops.checks import check_device
+from pygpt.ops.linear import matmul_nt
 
-backends.register("linear_cross_entropy")  # no compiled kernel: the chunks below are the implementation on every device
+backends.register("linear_cross_entropy")  # without Triton the chunks below are the implementation on every device
 
 CHUNK_BYTES = 64 << 20  # float32 logits held at a time
 
@@ -76,6 +77,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             need_hidden, need_weight = ctx.needs_input_grad[:2]
+            if backends.choose("linear_cross_entropy", hidden) == "triton":
+                from pygpt.kernels.cross_entropy import linear_cross_entropy as kernel  # imports Triton
+
+                loss, *grads = kernel(hidden, weight, targets, ignore_index, need_hidden, need_weight)
+                ctx.save_for_backward(*grads)
+                return loss
             valid = targets != ignore_index
             count = valid.sum()
             safe = targets.where(valid, 0).unsqueeze(1)  # an ignored row takes part with weight 0
@@ -86,7 +93,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = max(16, CHUNK_BYTES // (4 * max(weight.shape[0], 1)))
             for start in range(0, hidden.shape[0], rows):
                 part = slice(start, start + rows)
-                logits = hidden[part] @ weight.t()  # (rows, V)
+                logits = matmul_nt(hidden[part], weight)  # (rows, V)
                 log_p = torch.log_softmax(logits, dim=1, dtype=total.dtype)
                 total -= (log_p.gather(1, safe[part]).squeeze(1) * valid[part]).sum()
                 if not (need_hidden or need_weight):
@@ -95,7 +102,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_logits = log_p.exp_().scatter_add_(1, safe[part], log_p.new_full((), -1).expand_as(safe[part]))
                 grad_logits = grad_logits.to(hidden.dtype)
                 if grad_hidden is not None:
-                    torch.mul(grad_logits @ weight, row_weight[part], out=grad_hidden[part])
+                    torch.mul(matmul_nt(grad_logits, weight.t()), row_weight[part], out=grad_hidden[part])
                 if grad_weight is not None:
                     grad_weight.addmm_(grad_logits.t(), hidden[part] * row_weight[part])
             ctx.save_for_backward(grad_hidden, grad_weight)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pygpt.errors import InputError, MissingFileError
 from pygpt.model import GPT
-from pygpt.tokenizer import Tokenizer
+from pygpt.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer, load_tokenizer
 
 NAME = re.compile(r"step_(\d{8,})")
 TEMPORARY, OLD = ".tmp-", ".old-"
@@ -52,6 +52,25 @@ def resolve_checkpoint(path: str | Path) -> Path:
     if not folder.exists():
         raise MissingFileError(f"no run or model at '{path}'")
     raise MissingFileError(f"'{path}' holds neither a model (config.json) nor a checkpoint (checkpoints/step_*)")
+
+
+def checkpoint_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer of a model folder. One without its file that has GPT-2's vocabulary, padded or not, is taken for
+    GPT-2's, as downloaded from Hugging Face; for any other None is returned."""
+    if (folder / TOKENIZER_FILE).is_file():
+        return load_tokenizer(folder)
+    return get_tokenizer("gpt2") if vocab_size in (50257, 50304) else None
+
+
+def check_vocabulary(folder: Path, vocab_size: int, data_tokenizer: Tokenizer | None, data_vocab_size: int) -> None:
+    """Raise InputError unless token ids mean the same to the model in `folder` as in the data."""
+    ours = checkpoint_tokenizer(folder, vocab_size)
+    if vocab_size < data_vocab_size or (ours and data_tokenizer and ours.to_dict() != data_tokenizer.to_dict()):
+        names = [f"'{tokenizer.name}', " if tokenizer else "" for tokenizer in (data_tokenizer, ours)]
+        raise InputError(
+            f"the data has another vocabulary ({names[0]}{data_vocab_size} tokens) than the model in '{folder}' "
+            f"({names[1]}{vocab_size} tokens): prepare the text with the model's tokenizer, or train a new model"
+        )
 
 
 def save_checkpoint(

@@ -179,10 +179,12 @@ class Trainer:
             if self.step == 0:
                 self._evaluate(metrics)
             self._since = time.perf_counter()
-            while self.step < config.steps and not self.stop_requested:
+            stop = self.stop_requested
+            while self.step < config.steps and not stop:
                 self._unlogged.append(self._train_step())
                 self.step += 1
-                save = self._due(config.checkpoint_every) or self.stop_requested
+                stop = self.stop_requested  # once per step: a signal after this line must not end the loop unsaved
+                save = self._due(config.checkpoint_every) or stop
                 if save or self._due(config.log_every):
                     values = self._log(metrics)
                     loss = values["loss"]
@@ -192,7 +194,7 @@ class Trainer:
                     self.save()
                 if self._due(config.eval_every):
                     self._evaluate(metrics)
-                if self._due(config.sample_every) and not self.stop_requested:
+                if self._due(config.sample_every) and not stop:
                     self._show_sample()
                 self._since += time.perf_counter() - pause  # none of this counts as training time
         plot_loss(self.run, self.console)

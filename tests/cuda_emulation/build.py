@@ -16,7 +16,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 FOLDER = ROOT / "build" / "cuda_emulation"
-OPERATORS = ["layer_norm", "embedding"]  # each csrc/cuda/NAME.cu has its host side in NAME.cpp
+KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+OPERATORS = ["attention", "embedding", "layer_norm"]  # csrc/cuda/NAME.cpp is the host side
 
 FLAGS = "-std=c++20 -fPIC -fno-strict-aliasing -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas"
 SANITIZERS = {
@@ -74,10 +75,11 @@ def _ninja() -> str:
 
     # The library for Python: operators pygpt_emulated::* on CPU tensors.
     objects = [compile_("library/runtime.o", HERE / "runtime.cpp", f"{FLAGS} -O2")]
+    for kernel in KERNELS:
+        objects.append(compile_(f"library/{kernel.name}.o", kernel, f"{device} -O2 -Dpygpt=pygpt_emulated"))
     for name in OPERATORS:
-        kernels = ROOT / "csrc" / "cuda" / f"{name}.cu"
-        objects.append(compile_(f"library/{name}_kernels.o", kernels, f"{device} -O2 -Dpygpt=pygpt_emulated"))
-        objects.append(compile_(f"library/{name}.o", kernels.with_suffix(".cpp"), f"{device} -O1 {torch_flags}"))
+        host = ROOT / "csrc" / "cuda" / f"{name}.cpp"
+        objects.append(compile_(f"library/{name}.o", host, f"{device} -O1 {torch_flags}"))
     objects.append(compile_("library/torch_library.o", HERE / "torch_library.cpp", f"{device} -O1 {torch_flags}"))
     torch_lib = Path(torch.__file__).parent / "lib"
     link = f"-L{torch_lib} -ltorch_cpu -Wl,-Bsymbolic,--no-undefined"
@@ -89,10 +91,7 @@ def _ninja() -> str:
         runtime = compile_(f"{kind}/runtime.o", HERE / "runtime.cpp", f"{FLAGS} -O2 {define}")
         faults = compile_(f"{kind}/faults.o", HERE / "faults.cu", f"{device} {flags}")
         main = compile_(f"{kind}/run_kernels.o", HERE / "run_kernels.cpp", f"{device} {flags}")
-        kernels = [
-            compile_(f"{kind}/{name}.o", ROOT / "csrc" / "cuda" / f"{name}.cu", f"{device} {flags}")
-            for name in OPERATORS
-        ]
+        kernels = [compile_(f"{kind}/{kernel.name}.o", kernel, f"{device} {flags}") for kernel in KERNELS]
         lines.append(f"build faults_{kind}: program {faults} {runtime}\n  flags = {flags}")
         lines.append(f"build run_kernels_{kind}: program {main} {runtime} {' '.join(kernels)}\n  flags = {flags}")
     return "\n".join(lines) + "\n"

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cuda/attention.h"
 #include "cuda/embedding.h"
 #include "cuda/layer_norm.h"
 
@@ -54,17 +55,49 @@ void embedding(DType dtype, int64_t B, int64_t T_, int64_t V, int64_t C) {
                       {keys.data, keys2.data}, {places.data, places2.data}, counts.data, partial.data}, kAt);
 }
 
+template <class T>
+void attention(DType dtype, int B, int T_, int S, int H, int D, bool dropout) {
+  const int64_t queries = int64_t(B) * T_ * H * D, keys = int64_t(B) * S * H * D, rows = int64_t(B) * H * T_;
+  Buffer<T> q(queries), k(keys), v(keys), out(queries), grad(queries), grad_q(queries), grad_k(keys), grad_v(keys);
+  Buffer<float> lse(rows), delta(rows);
+  Buffer<int64_t> seed(1);
+  const auto heads = [&](Buffer<T>& x, int64_t tokens) { return Heads{x.data, tokens * H * D, int64_t(H) * D, D}; };
+  Attention p{.dtype = dtype, .B = B, .T = T_, .S = S, .H = H, .D = D, .scale = 0.1f,
+              .dropout = {dropout ? seed.data : nullptr, 1u << 30, 4.0f / 3.0f},
+              .q = heads(q, T_), .k = heads(k, S), .v = heads(v, S), .out = heads(out, T_), .lse = lse.data, .splits = 1,
+              .partial_out = nullptr, .partial_lse = nullptr, .grad = heads(grad, T_), .grad_q = heads(grad_q, T_),
+              .grad_k = heads(grad_k, S), .grad_v = heads(grad_v, S), .delta = delta.data};
+  attention_delta(p, kAt);
+  if (!attention_on_tensor_cores(p, true)) {
+    attention_plain_forward(p, kAt);
+    attention_plain_backward(p, kAt);
+    return;
+  }
+  p.splits = attention_splits(p, kAt.multiprocessors);
+  Buffer<float> partial_out(p.splits * queries), partial_lse(p.splits * rows);
+  p.partial_out = partial_out.data;
+  p.partial_lse = partial_lse.data;
+  attention_forward(p, kAt);
+  attention_backward(p, kAt);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   emulation::set_seed(argc > 1 ? strtoull(argv[1], nullptr, 10) : 1);
+  attention<__nv_bfloat16>(DType::bf16, 1, 70, 131, 2, 64, true);
+  attention<__nv_bfloat16>(DType::bf16, 1, 70, 131, 1, 40, false);
+  attention<__half>(DType::f16, 1, 3, 200, 1, 72, true);
+  attention<__half>(DType::f16, 1, 3, 20, 1, 128, false);
+  attention<float>(DType::f32, 1, 9, 40, 1, 33, true);
+  puts("attention");
+  embedding<float>(DType::f32, 2, 37, 300, 72);
+  embedding<__nv_bfloat16>(DType::bf16, 1, 1100, 7, 5);
+  puts("embedding");
   for (const auto& [rows, C] : {std::pair<int64_t, int64_t>{1, 1}, {3, 7}, {21, 72}, {3, 1608}}) {
     layer_norm<float>(DType::f32, rows, C);
     layer_norm<__nv_bfloat16>(DType::bf16, rows, C);
   }
   puts("layer_norm");
-  embedding<float>(DType::f32, 2, 37, 300, 72);
-  embedding<__nv_bfloat16>(DType::bf16, 1, 1100, 7, 5);
-  puts("embedding");
   return 0;
 }

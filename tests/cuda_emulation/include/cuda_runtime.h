@@ -102,6 +102,7 @@ inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 using std::fabs;
+using std::fmax;
 
 // --- host ------------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,389 @@
+"""Every op and GPT-2 124M on an NVIDIA GPU, against what a PyTorch user would otherwise run.
+
+    python bench/gpu.py            # at most 8 minutes; writes bench/results/<device>/gpu.json and gpu.md
+    python bench/gpu.py --smoke    # every line of it once, tiny, on any device, times meaningless: is the script alive?
+
+Peers, each by name: eager PyTorch, torch.compile, SDPA's flash and cuDNN backends, FlexAttention; flash-attn, Liger-
+Kernel and transformers where they are installed. Nothing is downloaded. What could not run, or for which no time was
+left, is in the table with its reason. Times are medians with the second-level cache flushed before every run, all in
+one process.
+"""
+
+# ruff: noqa: B023 - the closures of a loop are used within its turn
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pygpt
+from pygpt import GPT, GPTConfig, ops
+from pygpt.ops import backends
+
+Call = Callable[[], Any]
+
+
+class Bench:
+    """The clock, the budget and the table."""
+
+    def __init__(self, smoke: bool, seconds: float) -> None:
+        self.smoke, self.deadline = smoke, time.monotonic() + seconds
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.rows: list[dict[str, Any]] = []
+        self.copy_rate = math.nan  # bytes a second
+        self.flush = torch.empty(1 if smoke else 256 << 20, dtype=torch.int8, device=self.device)
+
+    def time(self, call: Call, seconds: float = 0.15) -> float:
+        """Median seconds of one call."""
+        if self.smoke or self.device.type != "cuda":
+            call()
+            return math.nan
+        for _ in range(3):
+            call()
+        torch.cuda.synchronize()
+        times: list[float] = []
+        stop = time.monotonic() + seconds
+        while len(times) < 5 or (time.monotonic() < stop and len(times) < 200):
+            marks = []
+            for _ in range(5):
+                self.flush.zero_()
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                call()
+                end.record()
+                marks.append((start, end))
+            torch.cuda.synchronize()
+            times += [start.elapsed_time(end) / 1e3 for start, end in marks]
+        return statistics.median(times)
+
+    def turn(self) -> None:
+        """A new case begins: compile it for its own shapes, and leave no graphs of the last one behind."""
+        torch._dynamo.reset()
+
+    def row(self, op: str, case: str, who: str, make: Callable[[], Call], unit: str, work: float) -> None:
+        """Time make()() and put down work / time in the unit's scale, or what was in the way."""
+        entry: dict[str, Any] = {"op": op, "case": case, "who": who, "unit": unit}
+        if time.monotonic() > self.deadline:
+            entry["problem"] = "not measured: out of time"
+        else:
+            try:
+                # Around backward too: its operators are chosen when it runs.
+                backend = who.removeprefix("pygpt ").split(",")[0] if who.startswith("pygpt ") else None
+                with pygpt.use_backend(backend):
+                    seconds = self.time(make())
+                scale = {"TFLOP/s": 1e12, "GB/s": 1e9, "tokens/s": 1.0}[unit]
+                entry |= {"ms": seconds * 1e3, "value": work / seconds / scale}
+                if unit == "GB/s":
+                    entry["of copy"] = work / seconds / self.copy_rate
+            except Exception as error:  # a peer that cannot run is a result, and must not end the others
+                entry["problem"] = f"{type(error).__name__}: {error}".split("\n")[0][:160]
+        self.rows.append(entry)
+        print(" ", *(f"{v:.3g}" if isinstance(v, float) else v for v in entry.values()), flush=True)
+
+
+def ours() -> list[str]:
+    """pygpt's own columns that run here."""
+    return [name for name in ("cuda", "triton") if backends.ready(name)] or ["eager"]
+
+
+def backward(output: Tensor, inputs: list[Tensor]) -> Call:
+    grad = torch.randn_like(output)
+    return lambda: torch.autograd.grad(output, inputs, grad, retain_graph=True)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)
+
+
+def copy(bench: Bench) -> None:
+    source = torch.randn(1 << (10 if bench.smoke else 27), device=bench.device)
+    target = torch.empty_like(source)
+    bench.copy_rate = 2 * source.nbytes / bench.time(lambda: target.copy_(source))
+    bench.row(
+        "copy", f"{source.nbytes >> 20} MiB", "torch", lambda: lambda: target.copy_(source), "GB/s", 2 * source.nbytes
+    )
+
+
+# --- attention ---------------------------------------------------------------------------------------------------
+
+
+def naive_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(B, H, T, D) as in nanoGPT without SDPA."""
+    T = q.shape[2]
+    scores = (q @ k.transpose(-2, -1)) / math.sqrt(q.shape[-1])
+    hidden = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    return scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v
+
+
+def attention_peers(T: int, device: torch.device) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """Name -> function of (B, T, H, D) views of a packed projection."""
+
+    def sdpa(backend: SDPBackend | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(backend) if backend is not None else nullcontext():
+                return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
+
+        return run
+
+    peers = {"SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION), "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION)}
+    if T <= 4096:
+        peers["eager"] = lambda q, k, v: naive_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+    if T in (64, 1024, 4096):  # compiling takes most of the time that there is
+        peers["torch.compile"] = compiled(peers["eager"])
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=device)
+        flex = compiled(flex_attention)
+        peers["FlexAttention"] = lambda q, k, v: flex(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask)
+    if importlib.util.find_spec("flash_attn"):
+        peers["flash-attn"] = lambda q, k, v: importlib.import_module("flash_attn").flash_attn_func(
+            q, k, v, causal=True
+        )
+    return peers
+
+
+def attention(bench: Bench) -> None:
+    lengths = (64,) if bench.smoke else (1024, 512, 2048, 4096, 16384)
+    for D in (64, 128):
+        for T in lengths:
+            bench.turn()
+            B, H = (1, 2) if bench.smoke else (16384 // T, 2048 // D)
+            flops = 2 * B * H * T * T * D  # two products, half of them masked
+            packed = torch.randn(B, T, 3, H, D, dtype=torch.bfloat16, device=bench.device)
+            q, k, v = (x.detach().requires_grad_() for x in packed.unbind(2))
+            runs = {f"pygpt {name}": (lambda: ops.causal_attention(q, k, v)) for name in ours()}
+            for name, peer in attention_peers(T, bench.device).items():
+                runs[name] = lambda peer=peer: peer(q, k, v)
+            for name, run in runs.items():
+                case = f"D {D}, T {T}"
+                bench.row("attention forward", case, name, lambda run=run: torch.no_grad()(run), "TFLOP/s", flops)
+                both = lambda run=run: backward(run(), [q, k, v])  # noqa: E731
+                bench.row("attention backward", case, name, both, "TFLOP/s", 2.5 * flops)
+
+
+# --- ops that memory bounds --------------------------------------------------------------------------------------
+
+
+def layer_norm(bench: Bench) -> None:
+    for C, rows, dtype in ((768, 32768, torch.bfloat16), (1024, 4096, torch.float32), (1600, 16384, torch.bfloat16),
+                           (4096, 8192, torch.bfloat16), (12288, 4096, torch.bfloat16)):  # fmt: skip
+        bench.turn()
+        rows = 8 if bench.smoke else rows
+        x = torch.randn(rows, C, dtype=dtype, device=bench.device, requires_grad=True)
+        weight = torch.ones(C, dtype=dtype, device=bench.device, requires_grad=True)
+        bias = torch.zeros(C, dtype=dtype, device=bench.device, requires_grad=True)
+        runs = {f"pygpt {name}": (lambda: ops.layer_norm(x, weight, bias)) for name in ours()}
+        runs["eager"] = lambda: F.layer_norm(x, (C,), weight, bias)
+        runs["torch.compile"] = compiled(runs["eager"])
+        if importlib.util.find_spec("liger_kernel"):
+            liger = importlib.import_module("liger_kernel.ops.layer_norm").LigerLayerNormFunction
+            runs["Liger"] = lambda: liger.apply(x, weight, bias, 1e-5)
+        inputs = [x, weight, bias]
+        for name, run in runs.items():
+            case = f"{rows} x {C} {str(dtype)[6:]}"
+            bench.row("layer_norm forward", case, name, lambda run=run: torch.no_grad()(run), "GB/s", 2 * x.nbytes)
+            bench.row("layer_norm backward", case, name, lambda run=run: backward(run(), inputs), "GB/s", 3 * x.nbytes)
+            full = lambda run=run: lambda: torch.autograd.grad(run().sum(), inputs)  # noqa: E731
+            bench.row("layer_norm both", case, name, full, "GB/s", 5 * x.nbytes)
+
+
+def embedding(bench: Bench) -> None:
+    V, C, B, T = (100, 64, 2, 16) if bench.smoke else (50257, 768, 16, 1024)
+    uniform = torch.randint(V, (B, T), device=bench.device)
+    zipf = (V ** torch.rand(B, T, device=bench.device)).long().clamp(max=V) - 1  # P(rank) about 1 / rank
+    for dtype in (torch.bfloat16, torch.float32):
+        wte = torch.randn(V, C, dtype=dtype, device=bench.device, requires_grad=True)
+        wpe = torch.randn(T, C, dtype=dtype, device=bench.device, requires_grad=True)
+        bench.turn()
+        for ids, idx in (("uniform", uniform), ("Zipf", zipf)):
+            runs = {f"pygpt {name}": (lambda idx=idx: ops.embedding(idx, wte, wpe)) for name in ours()}
+            runs["eager"] = lambda idx=idx: F.embedding(idx, wte) + wpe[:T]
+            runs["torch.compile"] = compiled(runs["eager"])
+            moved = B * T * C * wte.element_size()
+            for name, run in runs.items():
+                case = f"{B * T} tokens {ids} {str(dtype)[6:]}"
+                bench.row("embedding forward", case, name, lambda run=run: torch.no_grad()(run), "GB/s", 2 * moved)
+                bench.row(
+                    "embedding backward",
+                    case,
+                    name,
+                    lambda run=run: backward(run(), [wte, wpe]),
+                    "GB/s",
+                    moved + wte.nbytes,
+                )
+
+
+def linear_cross_entropy(bench: Bench) -> None:
+    V, C = (97, 32) if bench.smoke else (50257, 768)
+    for N in (64,) if bench.smoke else (4096, 16384):
+        bench.turn()
+        hidden = torch.randn(N, C, dtype=torch.bfloat16, device=bench.device, requires_grad=True)
+        weight = (torch.randn(V, C, device=bench.device) * 0.02).bfloat16().requires_grad_()
+        targets = torch.randint(V, (N,), device=bench.device)
+
+        def eager() -> Tensor:
+            return F.cross_entropy(F.linear(hidden, weight).float(), targets)
+
+        runs = {f"pygpt {name}": (lambda: ops.linear_cross_entropy(hidden, weight, targets)) for name in ours()}
+        runs |= {"eager": eager, "torch.compile": compiled(eager)}
+        if importlib.util.find_spec("liger_kernel"):
+            module = importlib.import_module("liger_kernel.ops.fused_linear_cross_entropy")
+            runs["Liger"] = lambda: module.LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, targets)[0]
+        for name, run in runs.items():
+            both = lambda run=run: lambda: torch.autograd.grad(run(), [hidden, weight])  # noqa: E731
+            bench.row("linear_cross_entropy both", f"{N} tokens", name, both, "TFLOP/s", 6 * N * C * V)
+            if bench.device.type == "cuda" and "value" in bench.rows[-1]:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                both()()
+                bench.rows[-1]["peak MiB"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+# --- GPT-2 124M --------------------------------------------------------------------------------------------------
+
+
+def training_step(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, idx: Tensor, loss: Callable[[], Tensor]
+) -> Call:
+    def step() -> None:
+        loss().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def gpt2(bench: Bench) -> None:
+    size = {"n_layer": 1, "n_head": 2, "n_embd": 32, "vocab_size": 97, "block_size": 16} if bench.smoke else {}
+    B, T = (2, 16) if bench.smoke else (16, 1024)
+    V = size.get("vocab_size", 50257)
+    idx, targets = torch.randint(V, (2, B, T), device=bench.device)
+    kind = bench.device.type
+
+    def pygpt_step(compile_it: bool) -> Call:
+        model = GPT(GPTConfig(**size)).to(bench.device, torch.bfloat16)
+        optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), kind)
+        forward = torch.compile(model) if compile_it else model
+        return training_step(model, optimizer, idx, lambda: forward(idx, targets)[1])
+
+    def nanogpt_step(compile_it: bool) -> Call:
+        baseline = importlib.import_module("baseline")
+        model = baseline.GPT(baseline.GPTConfig(**size)).to(bench.device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        forward = torch.compile(model) if compile_it else model
+
+        def loss() -> Tensor:
+            with torch.autocast(kind, torch.bfloat16):
+                return forward(idx, targets)[1]
+
+        return training_step(model, optimizer, idx, loss)
+
+    def transformers_step() -> Call:
+        module = importlib.import_module("transformers")
+        names = {
+            "n_layer": "n_layer",
+            "n_head": "n_head",
+            "n_embd": "n_embd",
+            "vocab_size": "vocab_size",
+            "block_size": "n_positions",
+        }
+        config = module.GPT2Config(
+            **{names[k]: v for k, v in size.items()}, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+        )
+        model = module.GPT2LMHeadModel(config).to(bench.device, torch.bfloat16)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, fused=True)
+        return training_step(model, optimizer, idx, lambda: model(idx, labels=idx).loss)
+
+    runs: dict[str, Callable[[], Call]] = {}
+    for name in ours():
+        for compile_it in (False, True):
+            step = lambda c=compile_it: pygpt_step(c)  # noqa: E731
+            runs[f"pygpt {name}{', torch.compile' if compile_it else ''}"] = step
+    runs["nanoGPT eager (SDPA, autocast)"] = lambda: nanogpt_step(False)
+    runs["nanoGPT torch.compile (SDPA, autocast)"] = lambda: nanogpt_step(True)
+    runs["transformers"] = transformers_step
+    for name, make in runs.items():
+        bench.row("GPT-2 124M training step", f"B {B}, T {T}, bf16", name, make, "tokens/s", B * T)
+
+
+# --- report ------------------------------------------------------------------------------------------------------
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__, "pygpt": pygpt.__version__}
+    for module in ("triton", "transformers", "liger_kernel", "flash_attn"):
+        if importlib.util.find_spec(module):
+            found[module] = importlib.import_module("importlib.metadata").version(module.replace("_", "-"))
+    if device.type == "cuda":
+        found["device"] = torch.cuda.get_device_name()
+        found["cuda"] = str(torch.version.cuda)
+        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
+        answer = subprocess.run(query, capture_output=True, text=True)
+        found["driver, clock, power"] = answer.stdout.strip().split("\n")[0] or "nvidia-smi did not answer"
+    return found
+
+
+def markdown(rows: list[dict[str, Any]], about: dict[str, str]) -> str:
+    lines = ["# GPU figures", "", ", ".join(f"{k} {v}" for k, v in about.items()), ""]
+    for op in dict.fromkeys(row["op"] for row in rows):
+        lines += [f"## {op}", "", "| case | who | ms | figure | of copy | peak MiB |", "|---|---|---|---|---|---|"]
+        for row in (row for row in rows if row["op"] == op):
+            if "problem" in row:
+                lines.append(f"| {row['case']} | {row['who']} | | {row['problem'].replace('|', '/')} | | |")
+                continue
+            share = f"{row['of copy']:.0%}" if "of copy" in row else ""
+            memory = f"{row['peak MiB']:.0f}" if "peak MiB" in row else ""
+            figure = f"{row['value']:.0f} {row['unit']}"
+            lines.append(f"| {row['case']} | {row['who']} | {row['ms']:.3f} | {figure} | {share} | {memory} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--smoke", action="store_true", help="every line once, tiny, on any device; writes nothing")
+    parser.add_argument(
+        "--seconds", type=float, default=420.0, help="budget; what is left over is listed as not measured"
+    )
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    if not torch.cuda.is_available() and not options.smoke:
+        sys.exit("bench/gpu.py: no CUDA device here; nothing was measured")
+    bench = Bench(options.smoke, options.seconds)
+    torch.manual_seed(0)
+    for section in (copy, gpt2, attention, linear_cross_entropy, layer_norm, embedding):
+        section(bench)
+    about = versions(bench.device)
+    text = markdown(bench.rows, about)
+    if options.smoke:
+        print(text)
+        return
+    folder = options.out / about["device"].replace(" ", "_")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "gpu.json").write_text(json.dumps({"versions": about, "rows": bench.rows}, indent=1) + "\n")
+    (folder / "gpu.md").write_text(text)
+    print(f"{folder / 'gpu.md'}\n{folder / 'gpu.json'}")
+
+
+if __name__ == "__main__":
+    main()

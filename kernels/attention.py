@@ -1,0 +1,501 @@
+"""causal_attention in Triton: softmax(q k' * scale) v causally masked, the scores never in memory.
+
+Forward is FlashAttention-2's (Dao, 2023): a program owns a block of queries and walks over the key blocks that it may
+see, with a running maximum and sum; blocks above the diagonal are skipped and only those on it are masked. Backward
+recomputes the probabilities from the log-sum-exp, once by query blocks (grad_q) and once by key blocks (grad_k,
+grad_v), so that each gradient has a single writer: no atomics, same inputs, same bits. Long rows start first, so that
+short ones fill the tail; heads go in sections whose keys and values fit the second-level cache. With few queries and
+many keys (decoding) the keys are split among programs, and a second kernel combines the shares.
+
+Dropout is counter-based: whether element (b, h, i, j) is kept depends on the seed and on its place alone, so that
+every pass, tile shape and backend drops the same ones. See `_keep`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pygpt.kernels.device import FUSED, architecture, cdiv, l2_bytes, multiprocessors, next_power_of_2
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+class Config(NamedTuple):
+    queries: int  # rows of a tile
+    keys: int  # columns of a tile: 32, or a multiple of 64 (one dropout counter covers 64)
+    warps: int
+    stages: int  # blocks in flight
+    registers: int | None = None  # most a thread may use, where fewer let one more program run beside this one
+
+
+def forward_config(arch: int, T: int, D: int, dtype: torch.dtype, dropout: bool) -> Config:
+    """Tile of the forward kernel for T queries and head dimension D."""
+    if T <= 16:
+        return Config(16, 64, 4, 1 if dtype == torch.float32 else 2)
+    if dtype == torch.float32:
+        return Config(32, 32, 4, 1)
+    if T <= 64:
+        return Config(64, 64, 4, 1) if D <= 128 else Config(32, 32, 4, 1)
+    if D > 128:
+        return Config(64 if arch >= 90 else 32, 32, 4, 1)
+    if D > 64:
+        return Config(64 if dropout and arch < 90 else 128, 64, 8, 2)
+    if arch >= 90:  # at 128 registers two programs share a multiprocessor: one's softmax hides the other's products
+        return Config(128, 64, 8, 3, None if dropout else 128)
+    return Config(128, 64, 8, 3) if dropout else Config(128, 64, 4, 3)
+
+
+def grad_q_config(arch: int, D: int, dtype: torch.dtype, dropout: bool) -> Config:
+    """Tile of the kernel that owns query blocks in backward."""
+    if dtype == torch.float32:
+        return Config(32, 32, 8, 1)
+    if D > 128:
+        return Config(32, 64, 8, 1)
+    if D > 64:
+        if arch >= 90:
+            return Config(64, 64, 4, 2) if dropout else Config(128, 64, 8, 2)
+        return Config(64, 64, 8, 2)
+    return Config(128, 64, 8, 2, 128 if arch >= 90 and not dropout else None)
+
+
+def grad_kv_config(arch: int, D: int, dtype: torch.dtype, dropout: bool) -> Config:
+    """Tile of the kernel that owns key blocks in backward."""
+    if dtype == torch.float32 or D > 128:
+        return Config(32, 32, 8, 1)
+    if D > 64:
+        return Config(32, 128, 8, 2) if arch >= 90 else Config(32, 64, 4, 2)
+    if arch < 90 and dropout:
+        return Config(32, 128, 8, 2)
+    return Config(64, 128, 8, 2)
+
+
+@triton.jit
+def _keep(seed_ptr, threshold, head, row, first_key, KEYS: tl.constexpr):
+    """(rows, KEYS) booleans: which probabilities dropout keeps.
+
+    Element (b, h, i, j) uses Philox4x32-10 (Salmon et al., 2011) with the seed as key and the counter
+    ((j // 64) * 16 + j % 16, i, b * H + h, 0), of which it takes word (j // 16) % 4, and is kept if word >= threshold.
+    """
+    groups: tl.constexpr = (KEYS + 63) // 64
+    counter = first_key // 64 * 16 + tl.arange(0, groups * 16)
+    words = tl.philox(tl.load(seed_ptr), counter[None, :], row[:, None], head, 0)
+    limit = threshold.to(tl.uint32)
+    shape: tl.constexpr = [row.shape[0], groups, 16]
+    a = tl.reshape((words[0] >= limit).to(tl.int8), shape)
+    b = tl.reshape((words[1] >= limit).to(tl.int8), shape)
+    c = tl.reshape((words[2] >= limit).to(tl.int8), shape)
+    d = tl.reshape((words[3] >= limit).to(tl.int8), shape)
+    if KEYS == 32:  # half a group: two of the four words
+        second = first_key % 64 != 0
+        halves = tl.join(tl.where(second, c, a), tl.where(second, d, b))
+        together = tl.permute(halves, (0, 1, 3, 2))
+    else:  # (row, group of 64, 16, low bit of the word, high bit) -> (row, group, high bit, low bit, 16)
+        together = tl.permute(tl.join(tl.join(a, b), tl.join(c, d)), (0, 1, 4, 3, 2))
+    return tl.reshape(together, [row.shape[0], KEYS]) != 0
+
+
+@triton.jit
+def _program(sections, heads, blocks):
+    """(head, n-th block to start) of this program: within a section of heads, all their first blocks come first."""
+    program = tl.program_id(0)
+    per_section = sections * blocks
+    section = program // per_section
+    width = tl.minimum(sections, heads - section * sections)
+    within = program % per_section
+    return section * sections + within % width, within // width
+
+
+@triton.jit
+def _tile(
+    pointer, first, rows, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr
+):
+    """Rows first .. first + BLOCK of a (rows, D) matrix, zero outside of it."""
+    d = tl.arange(0, BLOCK_D)
+    row = tl.arange(0, BLOCK)
+    # 64 bits for the tile's start alone: offsets within a tile are small, and the same for every tile of a loop.
+    at = pointer + tl.cast(first, tl.int64) * stride + (row[:, None] * stride + d[None, :])
+    if MASKED:
+        return tl.load(at, mask=(row < rows - first)[:, None] & (d < D)[None, :], other=0.0)
+    if D != BLOCK_D:
+        return tl.load(at, mask=(d < D)[None, :], other=0.0)
+    return tl.load(at)
+
+
+@triton.jit
+def _walk_keys(
+    acc, total, top, q, k_ptr, v_ptr, stride_k, stride_v, row, document, low, high, shift, S, scale,
+    seed_ptr, threshold, head,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, SPARSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Takes keys [low, high) into the running (acc, total, top). SPARSE: a row may see none of a block."""
+    for start in range(low, high, KEYS):
+        key = start + tl.arange(0, KEYS)
+        k = _tile(k_ptr, start, S, stride_k, D, BLOCK_D, KEYS, MASKED)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if MASKED:
+            seen = key[None, :] <= row[:, None] + shift
+            if document is not None:
+                seen = seen & (key[None, :] >= document[:, None])
+            scores = tl.where(seen, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, axis=1) * scale)
+        origin = new_top
+        if SPARSE:
+            origin = tl.where(new_top == float("-inf"), 0.0, new_top)
+        p = tl.math.exp2(scores * scale - origin[:, None])
+        decay = tl.math.exp2(top - origin)
+        total = total * decay + tl.sum(p, axis=1)
+        acc = acc * decay[:, None]
+        if seed_ptr is not None:
+            p = tl.where(_keep(seed_ptr, threshold, head, row, start, KEYS), p, 0.0)
+        v = _tile(v_ptr, start, S, stride_v, D, BLOCK_D, KEYS, MASKED)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        top = new_top
+    return acc, total, top
+
+
+@triton.jit(do_not_specialize=["T", "S", "threshold", "sections", "keys_per_split"])
+def _attention_forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, document_ptr, seed_ptr,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    B, H, T, S, scale, threshold, keep_scale, sections, keys_per_split,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(T, QUERIES)
+    head, nth = _program(sections, B * H, blocks)
+    first = (blocks - 1 - nth) * QUERIES  # the last queries see most keys
+    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    row = first + tl.arange(0, QUERIES)
+    shift = S - T
+    q = _tile(q_ptr + b * q_b + h * q_h, first, T, q_t, D, BLOCK_D, QUERIES, True)
+    k_ptr += b * k_b + h * k_h
+    v_ptr += b * v_b + h * v_h
+
+    low = 0
+    high = tl.minimum(first + QUERIES, T) + shift
+    document = None
+    if document_ptr is not None:
+        document = tl.load(document_ptr + b * T + row, mask=row < T, other=0)
+        low = tl.load(document_ptr + b * T + first) // KEYS * KEYS
+    split = tl.program_id(1)
+    if SPLIT:
+        low = tl.maximum(low, split * keys_per_split)
+        high = tl.minimum(high, (split + 1) * keys_per_split)
+    # Keys before `diagonal` are seen by every query of the block.
+    diagonal = tl.minimum((first + shift + 1) // KEYS * KEYS, high)
+    if document_ptr is not None:
+        diagonal = low
+    SPARSE: tl.constexpr = SPLIT or document_ptr is not None
+
+    acc = tl.zeros([QUERIES, BLOCK_D], tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    top = tl.full([QUERIES], float("-inf"), tl.float32)
+    if document_ptr is None:
+        acc, total, top = _walk_keys(
+            acc, total, top, q, k_ptr, v_ptr, k_t, v_t, row, None, low, diagonal, shift, S, scale,
+            seed_ptr, threshold, head, D, BLOCK_D, KEYS, False, False, PRECISION,
+        )  # fmt: skip
+    acc, total, top = _walk_keys(
+        acc, total, top, q, k_ptr, v_ptr, k_t, v_t, row, document, tl.maximum(low, diagonal), high, shift, S, scale,
+        seed_ptr, threshold, head, D, BLOCK_D, KEYS, True, SPARSE, PRECISION,
+    )  # fmt: skip
+
+    acc = acc * (keep_scale / tl.where(total == 0.0, 1.0, total))[:, None]
+    lse = (top + tl.math.log2(total)) * LN_2
+    d = tl.arange(0, BLOCK_D)
+    out_row = ((split * B + b) * T + row.to(tl.int64)) * H + h
+    tl.store(out_ptr + out_row[:, None] * D + d[None, :], acc.to(out_ptr.dtype.element_ty),
+             mask=(row < T)[:, None] & (d < D)[None, :])  # fmt: skip
+    tl.store(lse_ptr + (split.to(tl.int64) * B * H + head) * T + row, lse, mask=row < T)
+
+
+@triton.jit(do_not_specialize=["T", "splits"])
+def _combine_kernel(
+    partial_ptr, partial_lse_ptr, out_ptr, lse_ptr,
+    B, H, T, splits,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program per row (b, h, t): the splits' outputs, weighted by their share of the softmax's sum."""
+    program = tl.program_id(0).to(tl.int64)
+    b, h, t = program // T // H, program // T % H, program % T
+    d = tl.arange(0, BLOCK_D)
+    rows = tl.num_programs(0).to(tl.int64)
+    out_row = (b * T + t) * H + h
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    total = 0.0
+    top = float("-inf")
+    for split in range(splits):
+        lse = tl.load(partial_lse_ptr + split * rows + program)
+        new_top = tl.maximum(top, lse)
+        origin = tl.where(new_top == float("-inf"), 0.0, new_top)
+        decay, weight = tl.exp(top - origin), tl.exp(lse - origin)
+        part = tl.load(partial_ptr + (split * rows + out_row) * D + d, mask=d < D, other=0.0)
+        acc = acc * decay + part * weight
+        total = total * decay + weight
+        top = new_top
+    tl.store(out_ptr + out_row * D + d, (acc / total).to(out_ptr.dtype.element_ty), mask=d < D)
+    tl.store(lse_ptr + program, top + tl.log(total))
+
+
+@triton.jit
+def _grad_q_blocks(
+    acc, q, grad, lse, delta, k_ptr, v_ptr, stride_k, stride_v, row, document, low, high, shift, S, scale,
+    seed_ptr, threshold, keep_scale, head,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    for start in range(low, high, KEYS):
+        key = start + tl.arange(0, KEYS)
+        k = _tile(k_ptr, start, S, stride_k, D, BLOCK_D, KEYS, MASKED)
+        v = _tile(v_ptr, start, S, stride_v, D, BLOCK_D, KEYS, MASKED)
+        p = tl.math.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse[:, None])
+        if MASKED:
+            seen = key[None, :] <= row[:, None] + shift
+            if document is not None:
+                seen = seen & (key[None, :] >= document[:, None])
+            p = tl.where(seen, p, 0.0)
+        grad_p = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        if seed_ptr is not None:
+            grad_p = tl.where(_keep(seed_ptr, threshold, head, row, start, KEYS), grad_p * keep_scale, 0.0)
+        grad_scores = p * (grad_p - delta[:, None])
+        acc = tl.dot(grad_scores.to(k.dtype), k, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["T", "S", "threshold", "sections"])
+def _attention_grad_q_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, grad_ptr, lse_ptr, delta_ptr, grad_q_ptr, document_ptr, seed_ptr,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, o_b, o_t, o_h, g_b, g_t, g_h,
+    B, H, T, S, scale, threshold, keep_scale, sections,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """grad_q, and on the way delta = sum over D of out * grad, which the other kernel needs too."""
+    blocks = tl.cdiv(T, QUERIES)
+    head, nth = _program(sections, B * H, blocks)
+    first = (blocks - 1 - nth) * QUERIES
+    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    row = first + tl.arange(0, QUERIES)
+    shift = S - T
+    q = _tile(q_ptr + b * q_b + h * q_h, first, T, q_t, D, BLOCK_D, QUERIES, True)
+    grad = _tile(grad_ptr + b * g_b + h * g_h, first, T, g_t, D, BLOCK_D, QUERIES, True)
+    out = _tile(out_ptr + b * o_b + h * o_h, first, T, o_t, D, BLOCK_D, QUERIES, True)
+    at = head.to(tl.int64) * T + row
+    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), axis=1)
+    tl.store(delta_ptr + at, delta, mask=row < T)
+    lse = tl.load(lse_ptr + at, mask=row < T, other=0.0) * LOG2_E
+    k_ptr += b * k_b + h * k_h
+    v_ptr += b * v_b + h * v_h
+
+    high = tl.minimum(first + QUERIES, T) + shift
+    diagonal = (first + shift + 1) // KEYS * KEYS
+    document = None
+    if document_ptr is not None:
+        document = tl.load(document_ptr + b * T + row, mask=row < T, other=0)
+        diagonal = tl.load(document_ptr + b * T + first) // KEYS * KEYS
+    acc = tl.zeros([QUERIES, BLOCK_D], tl.float32)
+    if document_ptr is None:
+        acc = _grad_q_blocks(
+            acc, q, grad, lse, delta, k_ptr, v_ptr, k_t, v_t, row, None, 0, diagonal, shift, S, scale,
+            seed_ptr, threshold, keep_scale, head, D, BLOCK_D, KEYS, False, PRECISION,
+        )  # fmt: skip
+    acc = _grad_q_blocks(
+        acc, q, grad, lse, delta, k_ptr, v_ptr, k_t, v_t, row, document, diagonal, high, shift, S, scale,
+        seed_ptr, threshold, keep_scale, head, D, BLOCK_D, KEYS, True, PRECISION,
+    )  # fmt: skip
+    d = tl.arange(0, BLOCK_D)
+    out_row = (b * T + row.to(tl.int64)) * H + h
+    tl.store(grad_q_ptr + out_row[:, None] * D + d[None, :], (acc * (scale * LN_2)).to(grad_q_ptr.dtype.element_ty),
+             mask=(row < T)[:, None] & (d < D)[None, :])  # fmt: skip
+
+
+@triton.jit
+def _grad_kv_blocks(
+    grad_k, grad_v, k, v, q_ptr, grad_ptr, lse_ptr, delta_ptr, document_ptr, stride_q, stride_g, key, first_key,
+    low, high, shift, T, scale, seed_ptr, threshold, keep_scale, head,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Queries [low, high). Scores are transposed, (keys, queries), so that their products need no other transpose."""
+    for start in range(low, high, QUERIES):
+        row = start + tl.arange(0, QUERIES)
+        q = _tile(q_ptr, start, T, stride_q, D, BLOCK_D, QUERIES, True)
+        lse = tl.load(lse_ptr + row, mask=row < T, other=0.0) * LOG2_E
+        p = tl.math.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - lse[None, :])
+        if MASKED:
+            seen = key[:, None] <= row[None, :] + shift
+            if document_ptr is not None:
+                document = tl.load(document_ptr + row, mask=row < T, other=0)
+                seen = seen & (key[:, None] >= document[None, :])
+            p = tl.where(seen, p, 0.0)
+        grad = _tile(grad_ptr, start, T, stride_g, D, BLOCK_D, QUERIES, True)
+        delta = tl.load(delta_ptr + row, mask=row < T, other=0.0)
+        grad_p = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+        kept_p = p
+        if seed_ptr is not None:
+            keep = tl.trans(_keep(seed_ptr, threshold, head, row, first_key, key.shape[0]))
+            kept_p = tl.where(keep, p, 0.0)
+            grad_p = tl.where(keep, grad_p * keep_scale, 0.0)
+        grad_v = tl.dot(kept_p.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
+        grad_scores = p * (grad_p - delta[None, :])
+        grad_k = tl.dot(grad_scores.to(q.dtype), q, grad_k, input_precision=PRECISION)
+    return grad_k, grad_v
+
+
+@triton.jit(do_not_specialize=["T", "S", "threshold", "sections"])
+def _attention_grad_kv_kernel(
+    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, grad_k_ptr, grad_v_ptr, document_ptr, seed_ptr,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h,
+    B, H, T, S, scale, threshold, keep_scale, sections,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    head, nth = _program(sections, B * H, tl.cdiv(S, KEYS))
+    first = nth * KEYS  # the first keys are seen by most queries
+    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    key = first + tl.arange(0, KEYS)
+    shift = S - T
+    k = _tile(k_ptr + b * k_b + h * k_h, first, S, k_t, D, BLOCK_D, KEYS, True)
+    v = _tile(v_ptr + b * v_b + h * v_h, first, S, v_t, D, BLOCK_D, KEYS, True)
+    q_ptr += b * q_b + h * q_h
+    grad_ptr += b * g_b + h * g_h
+    lse_ptr += head.to(tl.int64) * T
+    delta_ptr += head.to(tl.int64) * T
+
+    low = tl.maximum(first - shift, 0) // QUERIES * QUERIES
+    # From query `diagonal` on, every query sees every key of the block.
+    diagonal = tl.cdiv(tl.maximum(first + KEYS - 1 - shift, 0), QUERIES) * QUERIES
+    if document_ptr is not None:
+        document_ptr += b * T
+        left = low  # the first query whose document starts after this block: starts never decrease
+        right = T + 0
+        while left < right:
+            middle = (left + right) // 2
+            if tl.load(document_ptr + middle) < first + KEYS:
+                left = middle + 1
+            else:
+                right = middle + 0
+        diagonal = left
+    grad_k = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    grad_v = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    grad_k, grad_v = _grad_kv_blocks(
+        grad_k, grad_v, k, v, q_ptr, grad_ptr, lse_ptr, delta_ptr, document_ptr, q_t, g_t, key, first, low,
+        tl.minimum(diagonal, T), shift, T, scale, seed_ptr, threshold, keep_scale, head,
+        D, BLOCK_D, QUERIES, True, PRECISION,
+    )  # fmt: skip
+    if document_ptr is None:
+        grad_k, grad_v = _grad_kv_blocks(
+            grad_k, grad_v, k, v, q_ptr, grad_ptr, lse_ptr, delta_ptr, None, q_t, g_t, key, first, diagonal,
+            T, shift, T, scale, seed_ptr, threshold, keep_scale, head,
+            D, BLOCK_D, QUERIES, False, PRECISION,
+        )  # fmt: skip
+    d = tl.arange(0, BLOCK_D)
+    at = (((b * S + key.to(tl.int64)) * H + h) * D)[:, None] + d[None, :]
+    inside = (key < S)[:, None] & (d < D)[None, :]
+    tl.store(grad_k_ptr + at, (grad_k * (scale * LN_2)).to(grad_k_ptr.dtype.element_ty), mask=inside)
+    tl.store(grad_v_ptr + at, (grad_v * keep_scale).to(grad_v_ptr.dtype.element_ty), mask=inside)
+
+
+def _unit_last(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def _section(q: Tensor, k: Tensor) -> int:
+    """Heads whose keys and values together take up at most half of the second-level cache."""
+    S, D = k.shape[1], k.shape[3]
+    return max(1, min(q.shape[0] * q.shape[2], l2_bytes(q) // 2 // max(1, 2 * S * D * k.element_size())))
+
+
+def _splits(q: Tensor, k: Tensor, tile: Config) -> int:
+    """Into how many parts the keys go: more than one where the query blocks alone leave the device idle."""
+    programs = q.shape[0] * q.shape[2] * cdiv(q.shape[1], tile.queries)
+    if programs >= multiprocessors(q) or k.shape[1] < 4 * tile.keys:
+        return 1
+    return min(2 * multiprocessors(q) // programs, k.shape[1] // (2 * tile.keys))
+
+
+def _dropout(dropout_p: float) -> tuple[int, float]:
+    """(threshold as the bits of an int32, 1 / (1 - p))."""
+    threshold = min(int(dropout_p * 2**32), 2**32 - 1)
+    return (threshold if threshold < 2**31 else threshold - 2**32), (1 / (1 - dropout_p) if dropout_p < 1 else 0.0)
+
+
+def _shared_options(q: Tensor, tile: Config) -> dict[str, Any]:
+    D = q.shape[3]
+    options = dict(
+        D=D, BLOCK_D=max(16, next_power_of_2(D)), QUERIES=tile.queries, KEYS=tile.keys,
+        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",  # float32 products as good as float32
+        num_warps=tile.warps, num_stages=tile.stages, **FUSED,
+    )  # fmt: skip
+    return options if tile.registers is None else options | {"maxnreg": tile.registers}
+
+
+def causal_attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, seed: Tensor | None,
+    document_start: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """q (B, T, H, D); k, v (B, S, H, D), S >= T; any strides -> out (B, T, H, D), lse (B, H, T) float32.
+
+    document_start: int32 (B, T), not decreasing along T: a query's first key, for documents packed in a row.
+    """
+    if scale <= 0:  # the kernel takes the maximum of the scores before it scales them
+        q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
+    q, k, v = _unit_last(q), _unit_last(k), _unit_last(v)
+    (B, T, H, D), S = q.shape, k.shape[1]
+    out, lse = q.new_empty(B, T, H, D), q.new_empty(B, H, T, dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse.fill_(float("-inf"))
+    tile = forward_config(architecture(q), T, D, q.dtype, seed is not None)
+    splits = _splits(q, k, tile)
+    keys_per_split = cdiv(cdiv(S, splits), tile.keys) * tile.keys
+    splits = cdiv(S, keys_per_split)
+    into, into_lse = out, lse
+    if splits > 1:
+        into, into_lse = q.new_empty(splits, *out.shape, dtype=torch.float32), lse.new_empty(splits, *lse.shape)
+    threshold, keep_scale = _dropout(dropout_p) if seed is not None else (0, 1.0)
+    _attention_forward_kernel[(B * H * cdiv(T, tile.queries), splits)](
+        q, k, v, into, into_lse, None if document_start is None else document_start.contiguous(), seed,
+        *_strides(q, k, v), B, H, T, S, scale * LOG2_E.value, threshold, keep_scale, _section(q, k), keys_per_split,
+        SPLIT=splits > 1, **_shared_options(q, tile),
+    )  # fmt: skip
+    if splits > 1:
+        block = max(16, next_power_of_2(D))
+        _combine_kernel[(B * H * T,)](
+            into, into_lse, out, lse, B, H, T, splits, D=D, BLOCK_D=block, num_warps=1, **FUSED
+        )
+    return out, lse
+
+
+def causal_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, dropout_p: float,
+    seed: Tensor | None, document_start: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> grad_q, grad_k, grad_v, contiguous, in the inputs' dtype."""
+    grad, q, k, v, out = (_unit_last(x) for x in (grad, q, k, v, out))
+    (B, T, H, D), S = q.shape, k.shape[1]
+    grad_q, grad_k, grad_v = q.new_empty(B, T, H, D), k.new_empty(B, S, H, D), v.new_empty(B, S, H, D)
+    if out.numel() == 0:
+        return grad_q, grad_k.zero_(), grad_v.zero_()
+    lse = lse.contiguous()
+    delta = torch.empty_like(lse)
+    document_start = None if document_start is None else document_start.contiguous()
+    threshold, keep_scale = _dropout(dropout_p) if seed is not None else (0, 1.0)
+    numbers = (B, H, T, S, scale * LOG2_E.value, threshold, keep_scale, _section(q, k))
+    tile = grad_q_config(architecture(q), D, q.dtype, seed is not None)
+    _attention_grad_q_kernel[(B * H * cdiv(T, tile.queries),)](
+        q, k, v, out, grad, lse, delta, grad_q, document_start, seed,
+        *_strides(q, k, v, out, grad), *numbers, **_shared_options(q, tile),
+    )  # fmt: skip
+    tile = grad_kv_config(architecture(q), D, q.dtype, seed is not None)
+    _attention_grad_kv_kernel[(B * H * cdiv(S, tile.keys),)](
+        q, k, v, grad, lse, delta, grad_k, grad_v, document_start, seed,
+        *_strides(q, k, v, grad), *numbers, **_shared_options(q, tile),
+    )  # fmt: skip
+    return grad_q, grad_k, grad_v

@@ -1,0 +1,254 @@
+"""layer_norm and add_layer_norm in Triton: schemas and semantics are those of csrc/schema.cpp.
+
+Forward holds a row in registers: one read, one write. Backward holds one too, and keeps each program's share of the
+weight gradients in float32 registers over all of its rows, so that they cost no second pass over x; a small kernel
+then adds the programs' shares in a fixed order (the scheme of Apex and llm.c). Rows too wide for that go by column
+blocks, a few rows at a time, so that the second look at them comes from the cache. The number of programs depends on
+the shape and the device alone: same inputs, same bits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pygpt.kernels.device import FUSED, cdiv, multiprocessors, next_power_of_2
+
+WIDE = 8192  # columns; above, a row and its weight gradients no longer fit in a program's registers
+
+
+class Config(NamedTuple):
+    rows: int  # rows of a tile
+    block: int  # columns of a tile
+    warps: int
+
+
+def forward_config(C: int) -> Config:
+    """Up to 1,024 columns a single warp has the row and reduces without shared memory; above, 32 values a thread."""
+    block = next_power_of_2(C)
+    rows = max(1, 1024 // block)
+    return Config(rows, block, min(max(1, rows * block // 1024), 16))
+
+
+def backward_config(C: int) -> Config:
+    """16 values a thread of each of x, grad, weight and the two accumulators."""
+    if C > WIDE:
+        return Config(4, 1024, 8)
+    block = next_power_of_2(C)
+    rows = max(1, 2048 // block)
+    return Config(rows, block, min(max(4, rows * block // 512), 16))
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, sum_ptr, y_ptr, mean_ptr, rstd_ptr,
+    rows, C, eps,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows)[:, None] & (col < C)
+    at = row.to(tl.int64)[:, None] * C + col
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        x += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        total = x.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + at, total, mask=inside)
+        x = total.to(tl.float32)  # statistics are those of the rounded sum, which is all that backward sees
+    mean = tl.sum(x, axis=1) / C
+    centred = tl.where(inside, x - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / C + eps)
+    tl.store(mean_ptr + row, mean, mask=row < rows)
+    tl.store(rstd_ptr + row, rstd, mask=row < rows)
+    y = centred * rstd[:, None] * tl.load(weight_ptr + col, mask=col < C, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + col, mask=col < C, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward_kernel(
+    grad_ptr, grad_sum_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, grad_x_ptr, partial_ptr,
+    rows, C,
+    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    columns = tl.arange(0, BLOCK)
+    col = columns[None, :]
+    weight = tl.load(weight_ptr + col, mask=col < C, other=0.0).to(tl.float32)
+    grad_weight = tl.zeros([ROWS, BLOCK], tl.float32)
+    grad_bias = tl.zeros([ROWS, BLOCK], tl.float32)
+    for first in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = first + tl.arange(0, ROWS)
+        inside = (row < rows)[:, None] & (col < C)
+        at = row.to(tl.int64)[:, None] * C + col
+        grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)[:, None]
+        x_hat = tl.where(inside, (x - mean) * rstd, 0.0)
+        grad_weight += grad * x_hat
+        if HAS_BIAS:
+            grad_bias += grad
+        scaled = grad * weight
+        mean_scaled = tl.sum(scaled, axis=1)[:, None] / C
+        mean_scaled_x = tl.sum(scaled * x_hat, axis=1)[:, None] / C
+        grad_x = rstd * (scaled - mean_scaled - x_hat * mean_scaled_x)
+        if grad_sum_ptr is not None:
+            grad_x += tl.load(grad_sum_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(grad_x_ptr + at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+    at = program.to(tl.int64) * C + columns
+    tl.store(partial_ptr + at, tl.sum(grad_weight, axis=0), mask=columns < C)
+    if HAS_BIAS:
+        at += tl.num_programs(0).to(tl.int64) * C
+        tl.store(partial_ptr + at, tl.sum(grad_bias, axis=0), mask=columns < C)
+
+
+@triton.jit
+def _backward_wide_kernel(
+    grad_ptr, grad_sum_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, grad_x_ptr, partial_ptr,
+    rows, C,
+    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    start = program * ROWS
+    for first in range(start, rows, tl.num_programs(0) * ROWS):
+        row = first + tl.arange(0, ROWS)
+        valid = row < rows
+        at_row = row.to(tl.int64)[:, None] * C
+        mean = tl.load(mean_ptr + row, mask=valid, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + row, mask=valid, other=0.0)[:, None]
+        mean_scaled = tl.zeros([ROWS], tl.float32)
+        mean_scaled_x = tl.zeros([ROWS], tl.float32)
+        for left in range(0, C, BLOCK):
+            columns = left + tl.arange(0, BLOCK)
+            col = columns[None, :]
+            inside = valid[:, None] & (col < C)
+            grad = tl.load(grad_ptr + at_row + col, mask=inside, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + at_row + col, mask=inside, other=0.0).to(tl.float32)
+            scaled = grad * tl.load(weight_ptr + col, mask=col < C, other=0.0).to(tl.float32)
+            mean_scaled += tl.sum(scaled, axis=1) / C
+            mean_scaled_x += tl.sum(scaled * (x - mean) * rstd, axis=1) / C
+        for left in range(0, C, BLOCK):
+            columns = left + tl.arange(0, BLOCK)
+            col = columns[None, :]
+            inside = valid[:, None] & (col < C)
+            grad = tl.load(grad_ptr + at_row + col, mask=inside, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + at_row + col, mask=inside, other=0.0).to(tl.float32)
+            x_hat = tl.where(inside, (x - mean) * rstd, 0.0)
+            scaled = grad * tl.load(weight_ptr + col, mask=col < C, other=0.0).to(tl.float32)
+            grad_x = rstd * (scaled - mean_scaled[:, None] - x_hat * mean_scaled_x[:, None])
+            if grad_sum_ptr is not None:
+                grad_x += tl.load(grad_sum_ptr + at_row + col, mask=inside, other=0.0).to(tl.float32)
+            tl.store(grad_x_ptr + at_row + col, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+            # This program's share so far is in the cache: it alone reads and writes it, from its second rows on.
+            at = program.to(tl.int64) * C + columns
+            again = tl.where(first > start, columns, C) < C
+            share = tl.load(partial_ptr + at, mask=again, other=0.0) + tl.sum(grad * x_hat, axis=0)
+            tl.store(partial_ptr + at, share, mask=columns < C)
+            if HAS_BIAS:
+                at += tl.num_programs(0).to(tl.int64) * C
+                share = tl.load(partial_ptr + at, mask=again, other=0.0) + tl.sum(grad, axis=0)
+                tl.store(partial_ptr + at, share, mask=columns < C)
+
+
+@triton.jit
+def sum_partials_kernel(partial_ptr, first_ptr, second_ptr, programs, C, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    share = tl.program_id(1).to(tl.int64)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for top in range(0, programs, ROWS):
+        row = top + tl.arange(0, ROWS)
+        at = (share * programs + row)[:, None] * C + columns[None, :]
+        total += tl.load(partial_ptr + at, mask=(row < programs)[:, None] & (columns < C)[None, :], other=0.0)
+    out_ptr = first_ptr
+    if second_ptr is not None:
+        out_ptr = tl.where(share == 0, first_ptr, second_ptr)
+    tl.store(out_ptr + columns, tl.sum(total, axis=0).to(first_ptr.dtype.element_ty), mask=columns < C)
+
+
+def sum_partials(partial: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """(1 or 2, programs, C) float32 -> that many (C,) in `dtype`: the sums over programs, in a fixed order."""
+    shares, programs, C = partial.shape
+    out = [partial.new_empty(C, dtype=dtype) for _ in range(shares)]
+    second = out[1] if shares == 2 else None
+    sum_partials_kernel[(cdiv(C, 32), shares)](
+        partial, out[0], second, programs, C, ROWS=64, BLOCK=32, num_warps=4, **FUSED
+    )
+    return out
+
+
+def _forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    x, weight = x.contiguous(), weight.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    C = weight.shape[0]
+    rows = x.numel() // C
+    y, total = torch.empty_like(x), None if residual is None else torch.empty_like(x)
+    mean = x.new_empty(rows, dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    if rows:
+        tile = forward_config(C)
+        _forward_kernel[(cdiv(rows, tile.rows),)](
+            x, residual, weight, bias, total, y, mean, rstd, rows, C, eps,
+            ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps, **FUSED,
+        )  # fmt: skip
+    return y, total, mean, rstd
+
+
+def _backward(
+    grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, has_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
+    grad_sum = None if grad_sum is None else grad_sum.contiguous()
+    C = weight.shape[0]
+    rows = x.numel() // C
+    grad_x = torch.empty_like(x)
+    if rows == 0:
+        return grad_x, torch.zeros_like(weight), weight.new_zeros(C if has_bias else 0)
+    tile = backward_config(C)
+    # A program's share of the weight gradients takes 8 C bytes: with few tiles each, they would outweigh the rows.
+    programs = min(multiprocessors(x) * max(1, 16 // tile.warps), cdiv(rows, tile.rows * 4))
+    partial = x.new_empty(1 + has_bias, programs, C, dtype=torch.float32)
+    kernel = _backward_wide_kernel if C > WIDE else _backward_kernel
+    kernel[(programs,)](
+        grad, grad_sum, x, weight, mean, rstd, grad_x, partial, rows, C,
+        HAS_BIAS=has_bias, ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps, **FUSED,
+    )  # fmt: skip
+    shares = sum_partials(partial, weight.dtype)
+    return grad_x, shares[0], shares[1] if has_bias else weight.new_empty(0)
+
+
+def layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x (..., C) -> y (..., C), mean (rows,), rstd (rows,)."""
+    y, _, mean, rstd = _forward(x, None, weight, bias, eps)
+    return y, mean, rstd
+
+
+def layer_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, has_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> grad_x (..., C), grad_weight (C,), grad_bias (C,) or of size 0."""
+    return _backward(grad, None, x, weight, mean, rstd, has_bias)
+
+
+def add_layer_norm_forward(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> layer_norm(x + residual), x + residual, mean, rstd."""
+    y, total, mean, rstd = _forward(x, residual, weight, bias, eps)
+    assert total is not None
+    return y, total, mean, rstd
+
+
+def add_layer_norm_backward(
+    grad: Tensor, grad_sum: Tensor, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, has_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> gradient of x and of residual alike, grad_weight, grad_bias."""
+    return _backward(grad, grad_sum, total, weight, mean, rstd, has_bias)

@@ -1,0 +1,432 @@
+"""The Triton kernels against float64, straight through their host functions.
+
+Without a CUDA device they run in Triton's interpreter (see conftest.py): the same program, block by block, in NumPy.
+With one they run on it. tests/test_gpu.py adds what only a GPU can show.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from common import assert_close
+
+triton = pytest.importorskip("triton", reason="triton is not installed: the Triton kernels are not tested")
+
+from pygpt import kernels, ops  # noqa: E402
+from pygpt.kernels import attention as katt  # noqa: E402
+from pygpt.kernels import cross_entropy as kce  # noqa: E402
+from pygpt.kernels import embedding as kemb  # noqa: E402
+from pygpt.kernels import gelu as kgelu  # noqa: E402
+from pygpt.kernels import layer_norm as kln  # noqa: E402
+from pygpt.ops import backends  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+if DEVICE == "cpu":
+    import triton_interpreter  # noqa: F401 - bfloat16 as on a GPU
+
+
+def draw(*shape: int, dtype: torch.dtype = F32, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * scale).to(DEVICE, dtype)
+
+
+def reference(*tensors: torch.Tensor | None) -> list[torch.Tensor]:
+    return [None if t is None else t.detach().double().requires_grad_() for t in tensors]
+
+
+LAYER_NORM_CASES = [
+    ((1, 1), F32), ((3, 1), BF16), ((2, 5, 7), F32), ((4, 16), F16), ((37, 17), BF16), ((150, 64), BF16),
+    ((2, 0, 8), F32), ((33, 768), F32), ((70, 768), BF16), ((9, 1600), BF16), ((5, 4097), F32),
+    ((19, 8200), F32), ((6, 12288), BF16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "dtype"), LAYER_NORM_CASES, ids=str)
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
+def test_layer_norm(shape, dtype, with_bias):
+    C = shape[-1]
+    x, weight, grad = draw(*shape, dtype=dtype), draw(C, dtype=dtype, seed=1), draw(*shape, dtype=dtype, seed=2)
+    bias = draw(C, dtype=dtype, seed=3) if with_bias else None
+    y, mean, rstd = kln.layer_norm_forward(x, weight, bias, 1e-5)
+    grads = kln.layer_norm_backward(grad, x, weight, mean, rstd, with_bias)
+    rx, rw, rb = reference(x, weight, bias)
+    ry = F.layer_norm(rx, (C,), rw, rb)
+    ry.backward(grad.double())
+    floor = 3.0 if C == 1 else 1e-3  # one column: gradients are exactly 0, roundings times 1 / sqrt(eps)
+    assert_close(y, ry, dtype, "y")
+    assert_close(mean, rx.mean(-1).flatten(), F32, "mean")
+    for name, actual, expected in zip(["x", "weight"], grads, [rx.grad, rw.grad], strict=False):
+        assert_close(actual, expected, dtype, f"grad {name}", floor)
+    if with_bias:
+        assert_close(grads[2], rb.grad, dtype, "grad bias", floor)
+    else:
+        assert grads[2].numel() == 0
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((7, 33), F32), ((40, 768), BF16), ((10, 8200), BF16)], ids=str)
+def test_add_layer_norm(shape, dtype):
+    C = shape[-1]
+    x, residual, grad, grad_sum = (draw(*shape, dtype=dtype, seed=i) for i in range(4))
+    weight, bias = draw(C, seed=4), draw(C, seed=5)  # float32 weights, whatever x is
+    y, total, mean, rstd = kln.add_layer_norm_forward(x, residual, weight, bias, 1e-5)
+    grads = kln.add_layer_norm_backward(grad, grad_sum, total, weight, mean, rstd, True)
+    rt, rw, rb = reference(x + residual, weight, bias)
+    ry = F.layer_norm(rt, (C,), rw, rb)
+    torch.autograd.backward([ry, rt * 1.0], [grad.double(), grad_sum.double()])
+    assert torch.equal(total, x + residual)
+    assert_close(y, ry, dtype, "y")
+    for name, actual, expected in zip(["x", "weight", "bias"], grads, [rt.grad, rw.grad, rb.grad], strict=True):
+        assert_close(actual, expected, dtype, f"grad {name}")
+    assert grads[1].dtype == F32
+
+
+def test_layer_norm_of_strided_and_shifted_rows():
+    x, weight = draw(24, 40)[:, ::2] + 3000.0, draw(20, seed=1)  # E[x^2] - E[x]^2 would lose every digit
+    y, mean, rstd = kln.layer_norm_forward(x, weight, None, 1e-5)
+    assert_close(y, F.layer_norm(x.double(), (20,), weight.double()), BF16)
+    grad = draw(20, 24, seed=2).t()
+    rx, rw = reference(x, weight)
+    F.layer_norm(rx, (20,), rw).backward(grad.double())
+    assert_close(kln.layer_norm_backward(grad, x, weight, mean, rstd, False)[0], rx.grad, BF16)
+
+
+def embedding_case(ids, V, C, dtype, grad_dtype=None, offset=3):
+    """Forward and backward into gradients that already hold something."""
+    idx = torch.as_tensor(ids, device=DEVICE)
+    B, T = idx.shape
+    tokens, positions = draw(V, C, dtype=dtype), draw(T + offset + 2, C, dtype=dtype, seed=1)
+    out = kemb.embedding_forward(idx, tokens, positions, offset)
+    rt, rp = reference(tokens, positions)
+    expected = F.embedding(idx, rt) + rp[offset : offset + T]
+    assert_close(out, expected, dtype, "out")
+    assert torch.equal(kemb.embedding_forward(idx, tokens, None, 0), F.embedding(idx, tokens))
+    grad = draw(B, T, C, dtype=dtype, seed=2)
+    before, position_before = draw(V, C, dtype=grad_dtype or dtype, seed=3), draw(T + offset + 2, C, dtype=F32, seed=4)
+    token_grad, position_grad = before.clone(), position_before.clone()
+    kemb.embedding_backward_(grad, idx, token_grad, position_grad, offset)
+    expected.backward(grad.double())
+    assert_close(token_grad, rt.grad + before.double(), grad_dtype or dtype, "token grad")
+    assert_close(position_grad, rp.grad + position_before.double(), F32, "position grad")
+    again = before.clone()
+    kemb.embedding_backward_(grad, idx, again, None, 0)
+    assert torch.equal(again, token_grad)
+
+
+EMBEDDING_CASES = [
+    ("one token", 1, 1, 5, 3, F32), ("odd", 3, 7, 11, 17, F32), ("few ids, long runs", 3, 37, 4, 8, F32),
+    ("bf16", 2, 40, 50, 33, BF16), ("f16", 2, 24, 6, 16, F16), ("wide", 1, 18, 9, 140, F32), ("empty", 0, 4, 9, 8, F32),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "V", "C", "dtype"), [c[1:] for c in EMBEDDING_CASES], ids=[c[0] for c in EMBEDDING_CASES]
+)
+def test_embedding(B, T, V, C, dtype):
+    embedding_case(torch.randint(V, (B, T), generator=torch.Generator().manual_seed(B)), V, C, dtype)
+
+
+@pytest.mark.parametrize("run", [15, 16, 17, 31, 32, 33, 47, 100])
+def test_embedding_of_a_hot_token_at_every_place_of_a_piece(run):
+    # Sorted, id 5 takes up `run` positions from position 9 on; then single tokens, the last table row among them.
+    ids = [[0] * 4 + [1] * 3 + [3, 4] + [5] * run + list(range(6, 40))]
+    embedding_case(ids, 40, 8, F32)
+
+
+def test_embedding_adds_bf16_gradients_into_a_float32_table():
+    embedding_case([[2, 2, 2, 0, 7, 7, 2, 1]], 9, 24, BF16, grad_dtype=F32)
+
+
+def test_embedding_of_one_hot_token_alone():
+    embedding_case([[3] * 300], 5, 4, F32)
+
+
+def test_embedding_leaves_out_ids_outside_the_vocabulary():
+    idx = torch.tensor([[0, -1, 2, 4, 2**40, 2]], device=DEVICE)
+    out = kemb.embedding_forward(idx, draw(4, 6), None, 0)
+    assert out.isnan().all(dim=2).tolist() == [[False, True, False, True, True, False]]
+    grad, token_grad = torch.ones(1, 6, 6, device=DEVICE), torch.zeros(4, 6, device=DEVICE)
+    grad[0, 1] = float("inf")
+    kemb.embedding_backward_(grad, idx, token_grad, None, 0)
+    assert token_grad[:, 0].tolist() == [1, 0, 2, 0]
+
+
+def philox4x32(counter, key):
+    """Philox4x32-10 on uint32 arrays: counter (4, ...), key (2,) -> words (4, ...)."""
+    c = [np.asarray(x, np.uint64) for x in counter]
+    k0, k1 = int(key[0]), int(key[1])
+    for _ in range(10):
+        low, high = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(high >> 32) ^ c[1] ^ k0, high & 0xFFFFFFFF, (low >> 32) ^ c[3] ^ k1, low & 0xFFFFFFFF]
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return np.stack(np.broadcast_arrays(*c))
+
+
+def test_philox_of_the_tests_is_the_published_generator():
+    ones = 0xFFFFFFFF  # known answers that Random123 (Salmon et al., 2011) is distributed with
+    assert [hex(w) for w in philox4x32([0] * 4, [0, 0])] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
+    assert [hex(w) for w in philox4x32([ones] * 4, [ones] * 2)] == [
+        "0x408f276d",
+        "0x41c83b0e",
+        "0xa20bc7c6",
+        "0x6d5451fd",
+    ]
+
+
+def dropout_mask(seed: int, p: float, B: int, H: int, T: int, S: int) -> torch.Tensor:
+    """(B, H, T, S): 1 / (1 - p) where the element is kept, else 0."""
+    seed %= 2**64
+    head, i, j = np.ogrid[: B * H, :T, :S]
+    words = philox4x32([(j // 64) * 16 + j % 16, i, head, 0], [seed & 0xFFFFFFFF, seed >> 32])
+    word = np.take_along_axis(words, np.broadcast_to((j // 16) % 4, words.shape[1:])[None], 0)[0]
+    keep = word >= np.uint64(int(p * 2**32))
+    return torch.from_numpy(keep.reshape(B, H, T, S) / (1 - p)).to(DEVICE)
+
+
+def attention_reference(q, k, v, scale, document=None, dropout=None):
+    """(out, lse): plain softmax, (B, T, H, D)."""
+    T, S = q.shape[1], k.shape[1]
+    scores = torch.einsum("bthd,bshd->bhts", q, k) * scale
+    seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    if document is not None:
+        seen = seen & (torch.arange(S, device=q.device) >= document[:, None, :, None])
+    scores = scores.masked_fill(~seen, float("-inf"))
+    p = scores.softmax(-1) if dropout is None else scores.softmax(-1) * dropout
+    return torch.einsum("bhts,bshd->bthd", p, v), scores.logsumexp(-1)
+
+
+def attention_case(q, k, v, scale=0.3, dropout_p=0.0, seed=None, document=None):
+    """Output, log-sum-exp and every gradient; twice, with the same bits."""
+    B, T, H, _ = q.shape
+    dtype = q.dtype
+    seed_tensor = None if seed is None else torch.tensor([seed], device=DEVICE)
+    out, lse = katt.causal_attention_forward(q, k, v, scale, dropout_p, seed_tensor, document)
+    rq, rk, rv = reference(q, k, v)
+    mask = None if seed is None else dropout_mask(seed, dropout_p, B, H, T, k.shape[1])
+    expected, expected_lse = attention_reference(rq, rk, rv, scale, document, mask)
+    assert out.dtype == dtype
+    assert_close(out, expected, dtype, "out")
+    assert_close(lse, expected_lse, BF16 if dtype != F32 else F32, "lse")
+    grad = draw(*q.shape, dtype=dtype, seed=9)
+    saved = (grad, q, k, v, out, lse, scale, dropout_p, seed_tensor, document)
+    grads = katt.causal_attention_backward(*saved)
+    expected.backward(grad.double())
+    for name, actual, r in zip("qkv", grads, (rq, rk, rv), strict=True):
+        assert_close(actual, r.grad, dtype, f"grad {name}")
+    for first, second in zip(grads, katt.causal_attention_backward(*saved), strict=True):
+        assert torch.equal(first, second)
+
+
+def qkv(B, T, S, H, D, dtype=F32, scale=1.0):
+    return [draw(B, n, H, D, dtype=dtype, seed=i, scale=scale) for i, n in enumerate((T, S, S))]
+
+
+ATTENTION_CASES = [
+    (1, 1, 1, 1, 1, F32), (2, 33, 33, 2, 16, F32), (1, 17, 17, 3, 5, F32), (1, 64, 64, 1, 64, BF16),
+    (1, 200, 200, 1, 64, BF16), (1, 131, 131, 1, 96, F16), (1, 100, 100, 1, 128, BF16), (1, 70, 150, 2, 24, F32),
+    (2, 5, 77, 1, 32, BF16), (1, 40, 40, 1, 144, BF16), (0, 4, 4, 2, 8, F32),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("B", "T", "S", "H", "D", "dtype"), ATTENTION_CASES, ids=str)
+def test_attention(B, T, S, H, D, dtype):
+    attention_case(*qkv(B, T, S, H, D, dtype))
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_attention_decode_splits_the_keys(T):
+    q, k, v = qkv(1, T, 531, 1, 16)
+    tile = katt.forward_config(90, T, 16, F32, False)
+    assert DEVICE == "cuda" or katt._splits(q, k, tile) > 1
+    attention_case(q, k, v)
+
+
+@pytest.mark.parametrize(
+    ("T", "S", "D", "dtype"), [(130, 130, 16, F32), (130, 130, 64, BF16), (9, 200, 16, F32)], ids=str
+)
+def test_attention_dropout_is_the_documented_generator(T, S, D, dtype):
+    attention_case(*qkv(1, T, S, 2, D, dtype), dropout_p=0.3, seed=-(2**40) - 12345)
+
+
+def test_attention_of_packed_documents():
+    starts = torch.zeros(2, 150, dtype=torch.int32)
+    starts[0, 20:], starts[0, 130:], starts[0, 131:], starts[1, 64:], starts[1, 128:] = 20, 130, 131, 64, 128
+    for dtype, seed in ((F32, None), (BF16, 5)):
+        attention_case(
+            *qkv(2, 150, 150, 1, 16, dtype), dropout_p=0.2 if seed else 0.0, seed=seed, document=starts.to(DEVICE)
+        )
+
+
+def test_attention_of_views():
+    packed = draw(2, 40, 3, 3, 24)
+    attention_case(*packed.unbind(2))  # the rows of one projection
+    q, k, v = (draw(2, 3, 40, 24, seed=i).transpose(1, 2) for i in range(3))
+    attention_case(q, k, v)
+    attention_case(q.expand(2, 40, 3, 24), k[..., ::2].repeat(1, 1, 1, 2), v.flip(1))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.4, 3.0])
+def test_attention_scales(scale):
+    attention_case(*qkv(1, 70, 70, 1, 16), scale=scale)
+
+
+def test_attention_of_large_scores():
+    q, k, v = qkv(1, 90, 90, 1, 16, scale=30.0)  # scores in the thousands: exp alone would overflow
+    out, _ = katt.causal_attention_forward(q, k, v, 1.0, 0.0, None)
+    assert_close(out, attention_reference(*(x.double() for x in (q, k, v)), 1.0)[0], F16)
+
+
+@pytest.fixture
+def triton_answers():
+    """The project's operators on this device, answered by the Triton kernels."""
+    if backends.extension is None:
+        pytest.skip("pygpt._C is not built: there are no operators to answer")
+    if DEVICE == "cuda":
+        with backends.use_backend("triton"):
+            yield
+        return
+    library = torch.library.Library("pygpt", "IMPL", "CPU")
+    for module, names in kernels.OPERATORS.items():
+        for name in names:
+            library.impl(name, getattr(importlib.import_module(f"pygpt.kernels.{module}"), name))
+    with backends.use_backend(
+        "cpp"
+    ):  # the column of CPU tensors: its registrations are overridden while this one lives
+        yield
+    library._destroy()
+
+
+@pytest.mark.filterwarnings("ignore:.*verrid")
+def test_operators_through_the_dispatcher(triton_answers, monkeypatch):
+    """Schemas, autograd formulas and aliasing fit: a small block through the public ops, against float64."""
+    calls = []
+    for module, name in ((kln, "_forward"), (kln, "_backward"), (katt, "_strides"), (kemb, "_pieces_kernel")):
+        monkeypatch.setattr(module, name, _Recorder(getattr(module, name), name, calls))
+
+    def block(idx, wte, wpe, weight, bias, project, o):
+        x = o.embedding(idx, wte, wpe, 1)
+        y = o.layer_norm(x, weight, bias)
+        q, k, v = (y @ project).unflatten(2, (3, 2, 8)).unbind(2)
+        y, x = o.add_layer_norm(o.causal_attention(q, k, v).flatten(2), x, weight, bias)
+        return (x * y).sum()
+
+    inputs = [draw(11, 16), draw(9, 16, seed=1), draw(16, seed=2), draw(16, seed=3), draw(16, 48, seed=4, scale=0.3)]
+    idx = torch.tensor([[1, 2, 3, 1, 10], [0, 0, 0, 0, 5]], device=DEVICE)
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    expected = [t.clone().double().requires_grad_() for t in inputs]
+    result = block(idx, *leaves, ops)
+    result.backward()
+    assert set(calls) == {"_forward", "_backward", "_strides", "_pieces_kernel"}
+    with backends.use_backend("eager"):
+        reference_result = block(idx, *expected, ops)
+        reference_result.backward()
+    assert_close(result, reference_result, F16)
+    for name, t, r in zip(("wte", "wpe", "weight", "bias", "project"), leaves, expected, strict=True):
+        assert_close(t.grad, r.grad, F32, name)
+
+
+class _Recorder:
+    """Stands before a function or kernel and notes that it was used."""
+
+    def __init__(self, inner, name, calls):
+        self.inner, self.name, self.calls = inner, name, calls
+
+    def __call__(self, *args, **options):
+        self.calls.append(self.name)
+        return self.inner(*args, **options)
+
+    def __getitem__(self, grid):
+        self.calls.append(self.name)
+        return self.inner[grid]
+
+
+def test_serve_registers_for_cuda_and_lets_go():
+    if backends.extension is None:
+        pytest.skip("pygpt._C is not built: there are no operators to answer")
+
+    def answered() -> set[bool]:
+        names = (f"pygpt::{name}" for names in kernels.OPERATORS.values() for name in names)
+        return {torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA") for name in names}
+
+    before = answered()
+    for replace in (True, False, False):
+        kernels.serve(replace)
+        assert answered() == {True}
+    if DEVICE == "cpu":
+        kernels._library = None
+        assert answered() == before == {False}
+
+
+def cross_entropy_case(N, V, C, dtype, ignored=(), scale=1.0):
+    hidden, weight = draw(N, C, dtype=dtype, scale=scale), draw(V, C, dtype=dtype, seed=1, scale=0.5)
+    targets = torch.randint(V, (N,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    targets[list(ignored)] = -100
+    loss, grad_hidden, grad_weight = kce.linear_cross_entropy(hidden, weight, targets)
+    rh, rw = reference(hidden, weight)
+    expected = F.cross_entropy(rh @ rw.t(), targets)
+    expected.backward()
+    assert_close(loss, expected, dtype, "loss")
+    assert_close(grad_hidden, rh.grad, dtype, "grad hidden")
+    assert_close(grad_weight, rw.grad, dtype, "grad weight")
+    only_loss = kce.linear_cross_entropy(hidden, weight, targets, need_hidden=False, need_weight=False)
+    assert only_loss[1] is only_loss[2] is None
+    assert torch.equal(only_loss[0], loss)
+
+
+@pytest.mark.parametrize(
+    ("N", "V", "C", "dtype", "ignored"),
+    [
+        (1, 1, 3, F32, ()),
+        (7, 11, 5, F32, (2, 6)),
+        (40, 300, 16, F32, (0,)),
+        (3, 4099, 8, F32, ()),
+        (24, 70, 32, BF16, (5,)),
+    ],
+    ids=str,
+)
+def test_linear_cross_entropy(N, V, C, dtype, ignored):
+    cross_entropy_case(N, V, C, dtype, ignored)
+
+
+def test_linear_cross_entropy_in_chunks(monkeypatch):
+    monkeypatch.setattr(kce, "CHUNK_BYTES", 1)  # 128 rows at a time
+    cross_entropy_case(300, 9, 8, F32, (17, 299))
+
+
+def test_linear_cross_entropy_of_large_logits_and_odd_targets():
+    cross_entropy_case(6, 50, 8, F32, scale=300.0)
+    hidden, weight = draw(3, 4), draw(5, 4, seed=1)
+    every_one_ignored = torch.full((3,), -100, device=DEVICE)
+    loss, grad_hidden, grad_weight = kce.linear_cross_entropy(hidden, weight, every_one_ignored)
+    assert loss.isnan()
+    assert not grad_hidden.any()
+    assert not grad_weight.any()
+    assert kce.linear_cross_entropy(hidden, weight, torch.tensor([0, 5, 1], device=DEVICE))[0].isnan()
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "with_bias"),
+    [((1, 1), F32, True), ((3, 5, 7), F32, True), ((33, 600), BF16, True), ((9, 64), F16, False), ((0, 8), F32, True)],
+    ids=str,
+)
+def test_bias_gelu(shape, dtype, with_bias):
+    x, grad = draw(*shape, dtype=dtype, scale=3.0), draw(*shape, dtype=dtype, seed=1)
+    bias = draw(shape[-1], dtype=dtype, seed=2) if with_bias else None
+    rx, rb = reference(x, bias)
+    expected = F.gelu(rx + rb if with_bias else rx, approximate="tanh")
+    expected.backward(grad.double())
+    assert_close(kgelu.bias_gelu_forward(x, bias), expected, dtype, "y")
+    grad_x, grad_bias = kgelu.bias_gelu_backward(grad, x, bias)
+    assert_close(grad_x, rx.grad, dtype, "grad x")
+    assert_close(grad_bias, rb.grad if with_bias else torch.empty(0), dtype, "grad bias")
+
+
+def test_gelu_far_out():
+    x = torch.tensor([[-1e4, -60.0, -10.0, 0.0, 10.0, 60.0, 1e4]], device=DEVICE)
+    assert kgelu.bias_gelu_forward(x, None).tolist() == [[0, 0, 0, 0, 10, 60, 1e4]]
+    assert kgelu.bias_gelu_backward(torch.ones_like(x), x, None)[0].tolist() == [[0, 0, 0, 0.5, 1, 1, 1]]
