@@ -50,50 +50,30 @@ void layer_norm_rows(const T* x, const T* residual, const float* weight, const f
 }
 
 // grad_x = rstd * (g - mean(g) - xhat * mean(g * xhat)), g = grad * weight; + grad_sum where given (add_layer_norm).
-// Adds R rows' share of the weight and bias gradients into dweight and dbias (C floats each; dbias may be null): R at a
-// time, so that those are read and written once per R rows.
-template <int R, class T>
-PYGPT_INLINE void layer_norm_backward_block(const T* grad, const T* grad_sum, const T* x, const float* weight,
-                                            const float* mean, const float* rstd, T* grad_x, float* dweight, float* dbias,
-                                            int64_t C) {
-  vf mu[R], r[R], mean_g[R], mean_gx[R], sum_g[R] = {}, sum_gx[R] = {};
-  for (int k = 0; k < R; ++k) mu[k] = splat(mean[k]), r[k] = splat(rstd[k]);
-  PYGPT_FOR_LANES(C, {
-    const vf w = load_step(weight + i, n);
-    for (int k = 0; k < R; ++k) {
-      const vf xhat = (load_step(x + k * C + i, n) - mu[k]) * r[k], g = load_step(grad + k * C + i, n) * w;
-      sum_g[k] += g;
-      sum_gx[k] += g * xhat;  // beyond the row's end g is 0
-    }
-  })
-  for (int k = 0; k < R; ++k) mean_g[k] = splat(reduce_add(sum_g[k]) / C), mean_gx[k] = splat(reduce_add(sum_gx[k]) / C);
-  PYGPT_FOR_LANES(C, {
-    const vf w = load_step(weight + i, n);
-    vf dw = load_step(dweight + i, n), db = {};
-    for (int k = 0; k < R; ++k) {
-      const vf dy = load_step(grad + k * C + i, n), xhat = (load_step(x + k * C + i, n) - mu[k]) * r[k];
-      vf dx = (dy * w - mean_g[k] - xhat * mean_gx[k]) * r[k];
-      if (grad_sum) dx += load_step(grad_sum + k * C + i, n);
-      store_step(grad_x + k * C + i, dx, n);
-      dw += dy * xhat;
-      db += dy;
-    }
-    store_step(dweight + i, dw, n);
-    if (dbias) store_step(dbias + i, load_step(dbias + i, n) + db, n);
-  })
-}
-
+// Adds these rows' share of the weight and bias gradients into dweight and dbias (C floats each; dbias may be null).
+// One row at a time: several together save loads of dweight, but the reading of memory then waits for the arithmetic.
 template <class T>
 void layer_norm_backward_rows(const T* grad, const T* grad_sum, const T* x, const float* weight, const float* mean,
                               const float* rstd, T* grad_x, float* dweight, float* dbias, int64_t rows, int64_t C) {
-  constexpr int R = 4;
-  int64_t row = 0, at = 0;
-  for (; row + R <= rows; row += R, at += R * C)
-    layer_norm_backward_block<R>(grad + at, grad_sum ? grad_sum + at : nullptr, x + at, weight, mean + row, rstd + row,
-                                 grad_x + at, dweight, dbias, C);
-  for (; row < rows; ++row, at += C)
-    layer_norm_backward_block<1>(grad + at, grad_sum ? grad_sum + at : nullptr, x + at, weight, mean + row, rstd + row,
-                                 grad_x + at, dweight, dbias, C);
+  for (int64_t row = 0; row < rows; ++row, grad += C, x += C, grad_x += C) {
+    const vf r = splat(rstd[row]), mu = splat(mean[row]);
+    vf sum_g[kSums] = {}, sum_gx[kSums] = {};
+    PYGPT_FOR_LANES_BY(kSums, C, {
+      const vf xhat = (load_step(x + i, n) - mu) * r, g = load_step(grad + i, n) * load_step(weight + i, n);
+      sum_g[u] += g;
+      sum_gx[u] += g * xhat;  // beyond the row's end g is 0
+    })
+    const vf mean_g = splat(add_sums(sum_g) / C), mean_gx = splat(add_sums(sum_gx) / C);
+    PYGPT_FOR_LANES(C, {
+      const vf dy = load_step(grad + i, n), xhat = (load_step(x + i, n) - mu) * r;
+      vf dx = (dy * load_step(weight + i, n) - mean_g - xhat * mean_gx) * r;
+      if (grad_sum) dx += load_step(grad_sum + i, n);
+      store_step(grad_x + i, dx, n);
+      store_step(dweight + i, load_step(dweight + i, n) + dy * xhat, n);
+      if (dbias) store_step(dbias + i, load_step(dbias + i, n) + dy, n);
+    })
+    if (grad_sum) grad_sum += C;
+  }
 }
 
 // out[c] = the sum of partial[chunk][c] over chunks in order, rounded once.
