@@ -7,12 +7,15 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench gpu lint clean
 
 demo: $(VENV)/.train            ## pretrain a small GPT on Python's standard library and print a sample
 	$(BIN)/pygpt info
-	$(BIN)/pygpt prepare --out data/stdlib
-	$(BIN)/pygpt pretrain --data data/stdlib --out runs/demo
+	$(BIN)/pygpt prepare --tokenizer char --max-chars 127 --out data/stdlib
+	$(BIN)/pygpt pretrain --data data/stdlib --out runs/demo --overwrite --n-layer 4 --n-head 4 --n-embd 128 \
+	  --batch-size 16 --block-size 128 --steps 1500 --learning-rate 3e-3 --prompt "def " --sample-tokens 500
+	@echo "checkpoint: runs/demo/checkpoints   loss plot: runs/demo/loss.png"
+	@echo "try: $(BIN)/pygpt generate runs/demo --prompt 'class '"
 
 test: $(VENV)/.test             ## every test
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
@@ -24,6 +27,10 @@ lint: $(VENV)/.dev              ## formatting, lint, types
 
 bench: $(VENV)/.bench           ## every op and the model against eager PyTorch; writes bench/results/
 	$(BIN)/python -m pytest bench
+
+gpu: $(VENV)/.bench             ## on a machine with an NVIDIA GPU: GPU tests, then every op and GPT-2 124M against their peers
+	$(BIN)/python -m pytest tests/test_gpu.py
+	$(BIN)/python bench/gpu.py
 
 clean:
 	rm -rf $(VENV) build

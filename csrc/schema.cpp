@@ -44,4 +44,8 @@ STABLE_TORCH_LIBRARY(pygpt, m) {
   m.def(
       "causal_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, "
       "float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)");
+
+  // GELU with the tanh approximation, elementwise
+  m.def("gelu_forward(Tensor x) -> Tensor");
+  m.def("gelu_backward(Tensor grad, Tensor x) -> Tensor");
 }

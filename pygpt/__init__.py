@@ -5,7 +5,18 @@ __version__ = "0.1.0"
 from pygpt import ops
 from pygpt.accelerate import accelerate
 from pygpt.model import GPT, GPTConfig
-from pygpt.ops.backends import backends, build_info, use_backend
+from pygpt.ops.backends import backends, build_info, tune_allocator, use_backend
 from pygpt.tokenizer import get_tokenizer
 
-__all__ = ["GPT", "GPTConfig", "__version__", "accelerate", "backends", "build_info", "get_tokenizer", "ops", "use_backend"]
+__all__ = [
+    "GPT",
+    "GPTConfig",
+    "__version__",
+    "accelerate",
+    "backends",
+    "build_info",
+    "get_tokenizer",
+    "ops",
+    "tune_allocator",
+    "use_backend",
+]

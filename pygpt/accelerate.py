@@ -4,6 +4,7 @@ Swaps modules one by one, in place, by giving each a subclass of its own class: 
 checks stay as they were, and nothing outside the given model changes. What is recognised:
 
 - `torch.nn.LayerNorm` over one dimension, and `torch.nn.Embedding` without max_norm, padding or sparse gradients;
+- `torch.nn.Linear` (and `transformers`' Conv1D, which is one with its weight transposed);
 - attention of `transformers` models, through its own interface for attention functions (causal, as many key heads as
   query heads; calls with a mask, e.g. for padded batches, go on to transformers' SDPA);
 - nanoGPT's `CausalSelfAttention`, by its attributes.
@@ -24,10 +25,19 @@ class _LayerNorm(nn.LayerNorm):
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
 
+class _Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
+
 class _Embedding(nn.Embedding):
     def forward(self, idx: Tensor) -> Tensor:
         flat = idx.reshape(1, -1) if idx.dim() != 2 else idx
         return ops.embedding(flat, self.weight).reshape(*idx.shape, self.embedding_dim)
+
+
+def _conv1d(self: Any, x: Tensor) -> Tensor:
+    return ops.linear(x, self.weight.t(), self.bias)
 
 
 def _nanogpt_attention(self: Any, x: Tensor) -> Tensor:
@@ -48,6 +58,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1 and module.elementwise_affine:
             module.__class__ = _LayerNorm
+        elif type(module) is nn.Linear:
+            module.__class__ = _Linear
         elif (
             type(module) is nn.Embedding
             and module.max_norm is None
@@ -57,6 +69,8 @@ def accelerate(model: nn.Module) -> nn.Module:
             module.__class__ = _Embedding
         elif _is_nanogpt_attention(module):
             module.__class__ = type("CausalSelfAttention", (type(module),), {"forward": _nanogpt_attention})
+        elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+            module.__class__ = type("Conv1D", (type(module),), {"forward": _conv1d})
         else:
             continue
         swapped += 1
@@ -67,7 +81,7 @@ def accelerate(model: nn.Module) -> nn.Module:
         swapped += 1
     if not swapped:
         raise InputError(
-            f"found nothing in {type(model).__name__} that pygpt can speed up (LayerNorm, Embedding, attention of "
+            f"found nothing in {type(model).__name__} that pygpt can speed up (Linear, LayerNorm, Embedding, attention of "
             f"transformers or nanoGPT); call pygpt.ops from its code instead"
         )
     return model

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import io
 import os
 import sys
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -19,8 +21,9 @@ from pygpt.data import PrepareConfig, prepare
 from pygpt.errors import InputError, PygptError
 from pygpt.model import GPT
 from pygpt.ops import backends
-from pygpt.tokenizer import load_tokenizer
+from pygpt.tokenizer import TOKENIZER_FILE, encode_prompt
 from pygpt.train import EvaluateConfig, PretrainConfig, evaluate, pretrain, resolve_checkpoint
+from pygpt.train.checkpoint import checkpoint_tokenizer
 from pygpt.train.trainer import resolve_device
 
 
@@ -35,8 +38,8 @@ class GenerateConfig:
 
     run: Annotated[Path, tyro.conf.Positional]
     """A run's folder, a checkpoint or a model folder."""
-    prompt: str = "\n"
-    """Text to continue."""
+    prompt: str = ""
+    """Text to continue; nothing: the start of a document."""
     max_new_tokens: int = 200
     """Tokens to generate at most; generation also ends at end-of-text."""
     temperature: float = 0.8
@@ -73,6 +76,9 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("pygpt: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read our output has closed it, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter still flushes at exit
+        return 141
     return 0
 
 
@@ -85,6 +91,7 @@ def run(command: object) -> None:
         case PrepareConfig():
             prepare(command)
         case PretrainConfig():
+            pygpt.tune_allocator()
             pretrain(command, console)
         case GenerateConfig():
             generate(command)
@@ -120,19 +127,21 @@ def info(console: Console) -> None:
 def generate(config: GenerateConfig) -> None:
     """Print the prompt and its continuation, token by token."""
     folder = resolve_checkpoint(config.run)
-    tokenizer = load_tokenizer(folder)
     device = resolve_device(config.device)
     model = GPT.from_pretrained(folder).to(device)
-    prompt = tokenizer.encode(config.prompt, allowed_special="all")
-    if not prompt:
-        raise InputError("the prompt is empty; give at least one character")
+    tokenizer = checkpoint_tokenizer(folder, model.config.vocab_size)
+    if tokenizer is None:
+        raise InputError(f"'{folder}' does not say which tokenizer it uses: it holds no {TOKENIZER_FILE}")
+    prompt = torch.tensor([encode_prompt(tokenizer, config.prompt)], device=device)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span several tokens
-    print(config.prompt, end="", flush=True)
     stream = model.stream(
-        torch.tensor([prompt], device=device), config.max_new_tokens, config.temperature, config.top_k, config.top_p,
-        tokenizer.eot_id, config.seed,
-    )  # fmt: skip
-    for token in stream:
+        prompt, config.max_new_tokens, config.temperature, config.top_k, config.top_p, tokenizer.eot_id, config.seed
+    )
+    first = next(stream, None)  # bad settings are an error before anything is printed
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
+    print(config.prompt, end="", flush=True)
+    for token in chain([] if first is None else [first], stream):
         if token.item() != tokenizer.eot_id:
             print(decoder.decode(tokenizer.decode_bytes([token.item()])), end="", flush=True)
     print(decoder.decode(b"", final=True))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pygpt import ops
 from pygpt.errors import InputError, InputTypeError
 from pygpt.generate import generate_tokens
-from pygpt.nn import Block, Embedding, KVCache, LayerNorm
+from pygpt.nn import Block, Embedding, KVCache, LayerNorm, Linear
 
 # name: n_layer, n_head, n_embd, block_size. GPT-3's table gives its 1.3B model 24 heads and its 13B model a width of 5140,
 # which do not divide; 16 heads and 5120 are what everyone uses.
@@ -122,7 +122,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = Transformer(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
         self.apply(self._init_weights)
         # GPT-2: projections into the residual stream start smaller, so that its variance does not grow with depth.

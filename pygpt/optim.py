@@ -182,9 +182,3 @@ def cosine_with_warmup(step: int, *, peak: float, minimum: float, warmup: int, t
         return minimum
     progress = (step - warmup) / (total - warmup)
     return minimum + 0.5 * (1.0 + math.cos(math.pi * progress)) * (peak - minimum)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set every group's learning rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate

@@ -296,6 +296,18 @@ def tokenizer_from_dict(state: dict[str, Any]) -> Tokenizer:
     return tokenizer
 
 
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids for a model to continue, special tokens allowed. At least one: for no text, the start of a document."""
+    if text:
+        return tokenizer.encode(text, allowed_special="all")
+    if tokenizer.eot_id is not None:  # what stands before every document in training
+        return [tokenizer.eot_id]
+    try:
+        return tokenizer.encode("\n")
+    except InputError:  # characters with no line break among them
+        return [0]
+
+
 def cut_position(text: str) -> int:
     """The last place where `text` may be cut so that its two parts, encoded separately, give the same tokens.
 

@@ -20,7 +20,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         original = getattr(ops, name)
         monkeypatch.setattr(ops, name, lambda *a, **k: (seen.append(name), original(*a, **k))[1])
 
-    for name in ("embedding", "layer_norm", "causal_attention"):
+    for name in ("embedding", "layer_norm", "causal_attention", "linear"):
         record(name)
     return seen
 
@@ -49,6 +49,7 @@ def test_hugging_face_model(calls):
     assert calls.count("layer_norm") == 5
     assert calls.count("causal_attention") == 2
     assert calls.count("embedding") == 2
+    assert calls.count("linear") == 2 * 4 + 1
     assert_close(new_logits, logits.double(), torch.float32)
     assert_close(new_grad, grad.double(), torch.float32)
 
@@ -88,14 +89,14 @@ def test_nanogpt_style_model(calls):
     before, state = model(idx).detach(), model.state_dict()
     pygpt.accelerate(model)
     assert_close(model(idx), before.double(), torch.float32)
-    assert calls == ["embedding", "layer_norm", "causal_attention", "layer_norm"]
+    assert calls == ["embedding", "layer_norm", "linear", "causal_attention", "linear", "layer_norm"]
     assert model.state_dict().keys() == state.keys()
     assert isinstance(model[2], CausalSelfAttention)
 
 
 def test_nothing_to_swap():
-    with pytest.raises(ValueError, match="nothing in Linear"):
-        pygpt.accelerate(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="nothing in Conv2d"):
+        pygpt.accelerate(nn.Conv2d(2, 2, 1))
 
 
 def test_modules_it_does_not_understand_are_left_alone(calls):

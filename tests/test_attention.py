@@ -449,8 +449,8 @@ def test_operators_check_their_arguments():
         forward_op.default(x, x, x, 1.0, 0.5, None)
     with pytest.raises(RuntimeError, match="same dtype"):
         forward_op.default(x, x.bfloat16(), x, 1.0, 0.0, None)
+    wide = torch.randn(1, 4, 1, 300)
     with pytest.raises(RuntimeError, match="1 to 256"):
-        wide = torch.randn(1, 4, 1, 300)
         forward_op.default(wide, wide, wide, 1.0, 0.0, None)
     out, lse = forward_op.default(x, x, x, 1.0, 0.0, None)
     with pytest.raises(RuntimeError, match="lse"):

@@ -241,3 +241,18 @@ def test_float16_and_float64_run_through_the_reference():
     assert exact.dtype == torch.float64
     assert_close(tiny()(idx)[0], exact, torch.float32)
     assert_close(tiny().half()(idx)[0], exact, torch.bfloat16)
+
+
+def test_compiles_as_one_graph():
+    model = tiny(n_layer=1)
+    idx = torch.randint(50, (2, 16))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    loss = compiled(idx, idx)[1]
+    loss.backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    expected = model(idx, idx)[1]
+    expected.backward()
+    assert_close(loss, expected)
+    for p, grad in zip(model.parameters(), grads, strict=True):
+        assert_close(grad, p.grad)

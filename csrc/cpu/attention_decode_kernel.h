@@ -5,6 +5,10 @@
 
 namespace pygpt::PYGPT_ISA {
 
+// Rows of a cache lie far apart, where the processor's own prefetching does not follow: keys are asked for this many rows
+// ahead, values while the scores of their block are computed.
+constexpr int64_t kAhead = 16;
+
 template <class T>
 PYGPT_INLINE float dot(const float* a, const T* b, int64_t n_elements) {
   vf sum = {};
@@ -48,11 +52,14 @@ void attention_decode(const AttentionShape& shape, HeadView<const T> q, HeadView
     for (int64_t k0 = chunk * kDecodeKeys; k0 < end; k0 += kBlock) {
       const int64_t keys = smaller(kBlock, end - k0);
       const T* key = k.data + b * k.batch + h * k.head + k0 * k.time;
-      for (int64_t j = 0; j < keys; ++j, key += k.time)
+      const T* value = v.data + b * v.batch + h * v.head + k0 * v.time;
+      for (int64_t j = 0; j < keys; ++j, key += k.time) {
+        prefetch_row(value + j * v.time, D);
+        if (k0 + j + kAhead < end) prefetch_row(key + kAhead * k.time, D);
         for (int t = 0; t < queries_here; ++t) scores[t * kBlock + j] = dot(queries + t * width, key, D);
+      }
       softmax_rows<float>(shape, scores, queries_here, round_up(keys, kLanes), shape.S - shape.T + 1 - k0,
                           {largest, sums}, factor, head, 0, k0 / kBlock);
-      const T* value = v.data + b * v.batch + h * v.head + k0 * v.time;
       for (int t = 0; t < queries_here; ++t) {
         const float* p = scores + t * kBlock;
         float* to = o + t * width;

@@ -116,14 +116,25 @@ struct PackedHead {
 template <class T>
 static void finish_rows(const AttentionShape& shape, const float* o, Running running, int64_t rows, T* out, float* lse) {
   const float keep = shape.dropout.on ? shape.dropout.inverse_keep : 1.0f;
-  for (int64_t r = 0; r < rows; ++r) {
-    const float sum = reduce_add(load(running.sum + r * kLanes));
-    lse[r] = (running.largest[r] + std::log2(sum)) * kLn2;
-    const vf factor = splat(keep / sum);
-    const float* from = o + r * shape.width();
-    T* to = out + r * shape.H * shape.D;
-    PYGPT_FOR_LANES(shape.D, store_step(to + i, load(from + i) * factor, n);)
+  const int64_t D = shape.D, width = shape.width(), stride = shape.H * D;
+  for (int64_t r = 0; r < rows; ++r) lse[r] = reduce_add(load(running.sum + r * kLanes));
+  for (int64_t r = 0; r < rows; ++r, o += width, out += stride) {
+    const vf factor = splat(keep / lse[r]);
+    PYGPT_FOR_LANES(D, store_step(out + i, load(o + i) * factor, n);)
   }
+  for (int64_t r = 0; r < rows; ++r) lse[r] = (running.largest[r] + std::log2(lse[r])) * kLn2;
+}
+
+template <class T>
+PYGPT_INLINE void prefetch_row(const T* row, int64_t D) {
+  for (int64_t d = 0; d < D; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + d);
+}
+
+// Asks for rows r .. r + kRows of one block of a head, so that packing finds them in the cache.
+template <class T>
+PYGPT_INLINE void prefetch_rows(HeadView<const T> x, int64_t H, int64_t D, int64_t head, int64_t first, int64_t end) {
+  const T* row = x.data + head / H * x.batch + head % H * x.head + first * x.time;
+  for (int64_t r = first; r < end && r < first + kRows; ++r, row += x.time) prefetch_row(row, D);
 }
 
 // Work items first .. last, an item being (batch, head, block of queries) in this order, ascending.
@@ -157,6 +168,13 @@ void attention_forward(const AttentionShape& shape, HeadView<const T> q, HeadVie
         const int64_t count = q0 + r + shape.S - shape.T + 1 - key_block * kBlock;
         const int64_t seen = smaller(kBlock, count + group - 1);
         if (seen <= 0) continue;
+        if (key_block == 0 && item + 1 < last) {
+          const int64_t next_head = (item + 1) / shape.query_blocks(), next = (item + 1) % shape.query_blocks();
+          const int64_t next_key = (shape.key_blocks_seen(next) - 1) * kBlock + r;
+          prefetch_rows(q, shape.H, D, next_head, next * kBlock + r, shape.T);
+          prefetch_rows(k, shape.H, D, next_head, next_key, shape.S);
+          prefetch_rows(v, shape.H, D, next_head, next_key, shape.S);
+        }
         float factor[kLanes];
         product<P, false, Into::scale>(queries + r * (width / P), width / P, packed.keys + key_block * panel, kBlock,
                                            scores, kBlock, units, seen, &scale);

@@ -108,6 +108,20 @@ static void pack_rows(const T* from, int64_t stride, int64_t rows, int64_t D, in
     for (int64_t u = 0; u < units; u += kLanes) store(to + u, load_units(from, u * kPair<T>, D));
 }
 
+// kLanes units that each hold an element of one row and the element below it; zero beyond n elements or without `odd`.
+template <class T>
+PYGPT_INLINE vf load_pair_of_rows(const T* even, const T* odd, int64_t n) {
+  vh low = {}, high = {};
+  if (n >= kLanes) {
+    std::memcpy(&low, even, sizeof low);
+    if (odd) std::memcpy(&high, odd, sizeof high);
+  } else if (n > 0) {
+    std::memcpy(&low, even, n * sizeof(T));
+    if (odd) std::memcpy(&high, odd, n * sizeof(T));
+  }
+  return (vf)(__builtin_convertvector(low, vu) | __builtin_convertvector(high, vu) << 16);
+}
+
 // Rows as the second operand of a product that sums over them: (rows / kPair x width units).
 template <class T>
 static void pack_summed_rows(const T* from, int64_t stride, int64_t rows, int64_t D, int64_t width, float* to) {
@@ -115,13 +129,8 @@ static void pack_summed_rows(const T* from, int64_t stride, int64_t rows, int64_
     pack_rows(from, stride, rows, D, width, to);
   } else {
     for (int64_t r = 0; r < rows; r += 2, from += 2 * stride)
-      for (int64_t d = 0; d < width; d += kLanes, to += kLanes) {
-        const int64_t n = smaller(D - d, kLanes);
-        vh even = {}, odd = {};
-        if (n > 0) std::memcpy(&even, from + d, n * sizeof(T));
-        if (n > 0 && r + 1 < rows) std::memcpy(&odd, from + stride + d, n * sizeof(T));
-        store(to, (vf)(__builtin_convertvector(even, vu) | __builtin_convertvector(odd, vu) << 16));
-      }
+      for (int64_t d = 0; d < width; d += kLanes, to += kLanes)
+        store(to, load_pair_of_rows(from + d, r + 1 < rows ? from + stride + d : nullptr, D - d));
   }
 }
 

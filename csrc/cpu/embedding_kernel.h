@@ -2,6 +2,13 @@
 
 namespace pygpt::PYGPT_ISA {
 
+// Asks for a row that will be needed next: rows lie anywhere in a table larger than the caches, and the processor's own
+// prefetching only notices a row when it is half read.
+template <class T>
+PYGPT_INLINE void prefetch_row(const T* row, int64_t C) {
+  for (int64_t i = 0; i < C; i += 64 / sizeof(T)) __builtin_prefetch(row + i);
+}
+
 // Rows begin .. end of out (B * T, C): token[idx[row]] + position[row % T]; position may be null. Rows whose token id is
 // not in 0 .. V are left alone; returns the first of them, or `end`.
 template <class T>
@@ -12,6 +19,8 @@ int64_t embedding_rows(const int64_t* idx, const T* token, const T* position, T*
     if (static_cast<uint64_t>(idx[row]) >= static_cast<uint64_t>(V)) {
       bad = bad < row ? bad : row;
     } else {
+      if (row + 1 < end && static_cast<uint64_t>(idx[row + 1]) < static_cast<uint64_t>(V))
+        prefetch_row(token + idx[row + 1] * C, C);
       const T* from = token + idx[row] * C;
       T* to = out + row * C;
       if (position) {
@@ -62,6 +71,10 @@ void scatter_add_units(const T* grad, const Scatter* rows, int64_t N, T* table, 
   while (k < N && k * blocks < end) {
     int64_t count = 1;
     while (k + count < N && rows[k + count].to == rows[k].to) ++count;
+    if (k + count < N) {
+      prefetch_row(table + rows[k + count].to * C, C);
+      prefetch_row(grad + rows[k + count].from * C, C);
+    }
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t unit = k * blocks + b * count, last = (b + 1) * block;
       if (unit >= begin && unit < end)

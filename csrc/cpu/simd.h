@@ -72,6 +72,23 @@ PYGPT_INLINE void store(T* p, vf v, int64_t n) {
     }                                        \
   }
 
+// The same, with `u`, a constant that counts the steps modulo K: for K sums that do not wait for each other.
+#define PYGPT_FOR_LANES_BY(K, C, ...)                                     \
+  {                                                                       \
+    int64_t start = 0;                                                    \
+    for (; start + (K)*kLanes <= (C); start += (K)*kLanes)                \
+      for (int u = 0; u < (K); ++u) {                                     \
+        constexpr int64_t n = kLanes;                                     \
+        const int64_t i = start + u * kLanes;                             \
+        __VA_ARGS__                                                       \
+      }                                                                   \
+    for (; start < (C); start += kLanes) {                                \
+      constexpr int u = 0;                                                \
+      const int64_t i = start, n = (C)-i < kLanes ? (C)-i : int64_t{kLanes}; \
+      __VA_ARGS__                                                         \
+    }                                                                     \
+  }
+
 template <class T>
 PYGPT_INLINE vf load_step(const T* p, int64_t n) {
   return n == kLanes ? load(p) : load(p, n);

@@ -3,13 +3,17 @@
 from pygpt.ops.attention import causal_attention
 from pygpt.ops.cross_entropy import linear_cross_entropy
 from pygpt.ops.embedding import embedding, embedding_backward_
+from pygpt.ops.gelu import gelu
 from pygpt.ops.layer_norm import add_layer_norm, layer_norm
+from pygpt.ops.linear import linear
 
 __all__ = [
     "add_layer_norm",
     "causal_attention",
     "embedding",
     "embedding_backward_",
+    "gelu",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
 ]

@@ -2,7 +2,8 @@
 
 A *backend* is a column of the grid: `eager` (the reference in plain PyTorch, always there), `cpp` (compiled CPU kernels,
 `pygpt._C`), `cuda` (compiled CUDA kernels, `pygpt._cuda`), `triton` (`pygpt.kernels`). By default each op takes the
-first backend of its device's order that has a kernel for the dtype, else `eager`. `use_backend` or the variable
+first backend of its device's order that has a kernel for the dtype, else `eager`; on a GPU the order is what measured
+fastest there (choices.py). `use_backend` or the variable
 PYGPT_BACKEND force one: then a dtype or device it cannot serve is an error, never a silent fallback, and only ops that
 have no kernel in that column at all still run the reference.
 """
@@ -13,15 +14,17 @@ import importlib
 import importlib.util
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType, TracebackType
 
 import torch
 
 from pygpt.errors import InputError
+from pygpt.ops import choices
 
 BACKENDS = ("eager", "cpp", "cuda", "triton")
-DEVICE_ORDER = {"cpu": ("cpp", "eager"), "cuda": ("cuda", "triton", "eager")}
+CPU_ORDER = ("cpp", "eager")
+MINIMUM_CUDA_CAPABILITY = (8, 0)
 # The Triton kernels take any of these dtypes, so that their column is one line here instead of one in every op.
 TRITON_OPS = frozenset({"embedding", "layer_norm", "add_layer_norm", "causal_attention", "linear_cross_entropy"})
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -61,14 +64,43 @@ def _load(module: str, missing: str) -> tuple[ModuleType | None, str]:
     return None, problem
 
 
+def _load_cuda(path: str | None, torch_cuda: str | None) -> str:
+    """Load the CUDA kernels' library; returns why not, or "". Loading touches no device."""
+    if path is None:
+        return "not built (no nvcc at install, or PYGPT_CUDA=off)"
+    if torch_cuda is None:
+        return f"built, but torch {torch.__version__} is a build without CUDA"
+    if extension is None:
+        return "built, but it needs pygpt._C, which is not there"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        problem = f"failed to load: {error}"
+        warnings.warn(f"{path} {problem}; running without it", stacklevel=2)
+        return problem
+    return ""
+
+
+def _cuda_device_problem() -> str:
+    """Why CUDA kernels cannot run on this machine. Asked late: it is the first thing that touches a device."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if torch.cuda.get_device_capability() < MINIMUM_CUDA_CAPABILITY:
+        return f"{torch.cuda.get_device_name()} is older than compute capability 8.0"
+    return ""
+
+
 extension, _cpp_problem = _load("pygpt._C", "not built (no C++ compiler at install, or PYGPT_BUILD_EXT=off)")
+_cuda_spec = importlib.util.find_spec("pygpt._cuda")
+_cuda_problem = _load_cuda(_cuda_spec.origin if _cuda_spec else None, torch.version.cuda)
 
 _columns: dict[str, Column] = {
     "cpp": Column("cpp", "cpu", _cpp_problem),
-    "cuda": Column("cuda", "cuda", "not built"),
+    "cuda": Column("cuda", "cuda", _cuda_problem),
 }
 _kernels: dict[str, dict[str, frozenset[torch.dtype]]] = {}  # op -> backend -> dtypes
 _forced: str | None = None
+_environment = os.environ.get("PYGPT_BACKEND")  # looked at when it first matters: `import pygpt` never fails for it
 _chosen: dict[tuple[str, str, torch.dtype, str | None], str] = {}
 
 
@@ -118,7 +150,14 @@ def register(op: str, **dtypes: tuple[torch.dtype, ...]) -> None:
 @torch.compiler.assume_constant_result  # a compiler must not trace into the loading of a backend
 def ready(backend: str) -> bool:
     """Whether a backend can run on this machine at all."""
-    return backend == "eager" or not _column(backend).problem
+    return backend == "eager" or not problem(backend)
+
+
+def problem(backend: str) -> str:
+    """Why a backend cannot run on this machine; empty where it can."""
+    if backend == "cuda" and not _columns[backend].problem:
+        return _cuda_device_problem()
+    return _column(backend).problem
 
 
 def choose(op: str, x: torch.Tensor) -> str:
@@ -126,6 +165,8 @@ def choose(op: str, x: torch.Tensor) -> str:
     key = (op, x.device.type, x.dtype, _forced)
     backend = _chosen.get(key)
     if backend is None:
+        _apply_environment()
+        key = (op, x.device.type, x.dtype, _forced)
         backend = _chosen[key] = _resolve(*key)
     return backend
 
@@ -133,7 +174,7 @@ def choose(op: str, x: torch.Tensor) -> str:
 def _resolve(op: str, device: str, dtype: torch.dtype, forced: str | None) -> str:
     kernels = _kernels[op]
     if forced is None:
-        for backend in DEVICE_ORDER.get(device, ()):
+        for backend in _order(op, device):
             if dtype in kernels.get(backend, ()) and ready(backend):
                 return backend
         return "eager"
@@ -151,6 +192,13 @@ def _resolve(op: str, device: str, dtype: torch.dtype, forced: str | None) -> st
             f"use one of these dtypes, or drop use_backend / PYGPT_BACKEND"
         )
     return forced
+
+
+def _order(op: str, device: str) -> tuple[str, ...]:
+    """The backends that `auto` tries for an op on a device, best first."""
+    if device == "cuda":
+        return choices.preferred(op, torch.cuda.get_device_capability())
+    return CPU_ORDER if device == "cpu" else ("eager",)
 
 
 class _Restore:
@@ -174,19 +222,28 @@ def use_backend(name: str | None) -> _Restore:
     Works as a function, `pygpt.use_backend("eager")`, and as a context manager. Raises InputError for an unknown name
     and for a backend that is not available here, saying why.
     """
+    _apply_environment()
     if name == "auto":
         name = None
     if name is not None and name not in BACKENDS:
         raise InputError(f"unknown backend '{name}': choose one of auto, {', '.join(BACKENDS)}")
     if name is not None and not ready(name):
-        raise InputError(f"backend '{name}' is not available: {_column(name).problem}")
+        raise InputError(f"backend '{name}' is not available: {problem(name)}")
     previous = _forced
     _force(name)
     return _Restore(previous)
 
 
+def _apply_environment() -> None:
+    global _environment
+    name, _environment = _environment, None
+    if name:
+        use_backend(name)
+
+
 def forced() -> str | None:
     """The backend that use_backend or PYGPT_BACKEND forces, if any."""
+    _apply_environment()
     return _forced
 
 
@@ -202,11 +259,13 @@ def devices() -> list[str]:
 
 def backends() -> dict[str, dict[str, str]]:
     """The backend in use: {op: {device: backend}}, for float32 (see `report` for the dtypes and the reasons)."""
+    _apply_environment()
     return {op: {device: _in_use(op, device) for device in devices()} for op in _kernels}
 
 
 def report() -> list[Row]:
     """One Row per op and device that torch knows of here, with the reason why each other backend is not in use."""
+    _apply_environment()
     rows = []
     for op, kernels in _kernels.items():
         for device in devices():
@@ -228,11 +287,13 @@ def _why_not(op: str, device: str, backend: str) -> str:
     column = _column(backend)
     if backend not in _kernels[op]:
         return "no kernel for this op"
-    if column.problem:
-        return column.problem
+    if problem(backend):
+        return problem(backend)
     if column.device != device:
         return f"runs on {column.device}"
-    return f"'{_forced}' was asked for" if _forced else "another backend is preferred"
+    if _forced:
+        return f"'{_forced}' was asked for"
+    return "another backend is preferred" if backend in _order(op, device) else "not measured faster on this GPU"
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -245,7 +306,18 @@ def _names(dtypes: frozenset[torch.dtype]) -> str:
 
 def columns() -> list[Column]:
     """The compiled and just-in-time backends and what became of loading each."""
-    return [_column(name) for name in BACKENDS if name != "eager"]
+    return [replace(_column(name), problem=problem(name)) for name in BACKENDS if name != "eager"]
+
+
+def tune_allocator() -> bool:
+    """Let the C library keep freed memory instead of returning it to the kernel, in this process from now on.
+
+    A training step frees and allocates the same large tensors again and again; by default glibc maps fresh pages each
+    time, and on CPUs up to a third of the step goes into page faults. `pygpt pretrain` does this by itself; importing pygpt
+    changes nothing. Peak memory stays about the same, but it is not given back. Returns whether it had an effect: False
+    without compiled kernels or glibc.
+    """
+    return extension is not None and extension.tune_allocator()
 
 
 def build_info() -> dict[str, str]:
@@ -257,7 +329,3 @@ def build_info() -> dict[str, str]:
         "compiled kernels": f"pygpt._C {extension.version}, built with torch {extension.built_with_torch}",
         "CPU capability": f"{extension.cpu_capability()} (of {', '.join(extension.available_cpu_capabilities())})",
     }
-
-
-if os.environ.get("PYGPT_BACKEND"):
-    use_backend(os.environ["PYGPT_BACKEND"])

@@ -17,6 +17,7 @@ from torch import Tensor
 from pygpt.errors import InputError, InputTypeError
 from pygpt.ops import backends
 from pygpt.ops.checks import check_device
+from pygpt.ops.linear import matmul_nt
 
 backends.register("linear_cross_entropy")  # without Triton the chunks below are the implementation on every device
 
@@ -92,7 +93,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = max(16, CHUNK_BYTES // (4 * max(weight.shape[0], 1)))
             for start in range(0, hidden.shape[0], rows):
                 part = slice(start, start + rows)
-                logits = hidden[part] @ weight.t()  # (rows, V)
+                logits = matmul_nt(hidden[part], weight)  # (rows, V)
                 log_p = torch.log_softmax(logits, dim=1, dtype=total.dtype)
                 total -= (log_p.gather(1, safe[part]).squeeze(1) * valid[part]).sum()
                 if not (need_hidden or need_weight):
@@ -101,7 +102,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_logits = log_p.exp_().scatter_add_(1, safe[part], log_p.new_full((), -1).expand_as(safe[part]))
                 grad_logits = grad_logits.to(hidden.dtype)
                 if grad_hidden is not None:
-                    torch.mul(grad_logits @ weight, row_weight[part], out=grad_hidden[part])
+                    torch.mul(matmul_nt(grad_logits, weight.t()), row_weight[part], out=grad_hidden[part])
                 if grad_weight is not None:
                     grad_weight.addmm_(grad_logits.t(), hidden[part] * row_weight[part])
             ctx.save_for_backward(grad_hidden, grad_weight)
@@ -112,7 +113,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         # The usual upstream gradient is exactly 1; looking is free on a CPU and would stop the stream on a GPU.
-        if grad.device.type != "cpu" or grad.item() != 1.0:
+        if torch.compiler.is_compiling() or grad.device.type != "cpu" or grad.item() != 1.0:
             grad_hidden = None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype)
             grad_weight = None if grad_weight is None else grad_weight * grad.to(grad_weight.dtype)
         return grad_hidden, grad_weight, None, None

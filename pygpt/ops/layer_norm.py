@@ -12,11 +12,13 @@ from torch import Tensor
 
 from pygpt.errors import InputError
 from pygpt.ops import backends
+from pygpt.ops.autograd import differentiable
 from pygpt.ops.checks import check_device, check_floating
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
-backends.register("layer_norm", cpp=KERNEL_DTYPES)
-backends.register("add_layer_norm", cpp=KERNEL_DTYPES)
+GPU_DTYPES = (*KERNEL_DTYPES, torch.float16)
+backends.register("layer_norm", cpp=KERNEL_DTYPES, cuda=GPU_DTYPES)
+backends.register("add_layer_norm", cpp=KERNEL_DTYPES, cuda=GPU_DTYPES)
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -44,7 +46,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
     _check("layer_norm", x, weight, bias)
     if backends.choose("layer_norm", x) == "eager":
         return layer_norm_reference(x, weight, bias, eps)
-    return torch.ops.pygpt.layer_norm_forward.default(x, weight, bias, eps)[0]
+    return _layer_norm(x, weight, bias, eps)[0]
 
 
 def add_layer_norm(
@@ -66,7 +68,7 @@ def add_layer_norm(
     _check("add_layer_norm", x, weight, bias)
     if backends.choose("add_layer_norm", x) == "eager":
         return add_layer_norm_reference(x, residual, weight, bias, eps)
-    out = torch.ops.pygpt.add_layer_norm_forward.default(x, residual, weight, bias, eps)
+    out = _add_layer_norm(x, residual, weight, bias, eps)
     return out[0], out[1]
 
 
@@ -107,6 +109,7 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     _, mean, rstd = output
     ctx.save_for_backward(x, weight, mean, rstd)
     ctx.has_bias = bias is not None
+    ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
 
 
@@ -136,18 +139,19 @@ def _add_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     _, total, mean, rstd = output
     ctx.save_for_backward(total, weight, mean, rstd)
     ctx.has_bias = bias is not None
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
 
 
 def _add_backward(ctx, grad, grad_sum, grad_mean, grad_rstd):  # type: ignore[no-untyped-def]
     total, weight, mean, rstd = ctx.saved_tensors
+    grad, grad_sum = (torch.zeros_like(total) if g is None else g for g in (grad, grad_sum))
     grads = torch.ops.pygpt.add_layer_norm_backward.default(grad, grad_sum, total, weight, mean, rstd, ctx.has_bias)
     return grads[0], grads[0], grads[1], grads[2] if ctx.has_bias else None, None
 
 
 if backends.extension is not None:
-    torch.library.register_fake("pygpt::layer_norm_forward", _forward_fake)
     torch.library.register_fake("pygpt::layer_norm_backward", _backward_fake)
-    torch.library.register_fake("pygpt::add_layer_norm_forward", _add_forward_fake)
     torch.library.register_fake("pygpt::add_layer_norm_backward", _add_backward_fake)
-    torch.library.register_autograd("pygpt::layer_norm_forward", _backward, setup_context=_setup)
-    torch.library.register_autograd("pygpt::add_layer_norm_forward", _add_backward, setup_context=_add_setup)
+    _layer_norm = differentiable("layer_norm_forward", _forward_fake, _setup, _backward)
+    _add_layer_norm = differentiable("add_layer_norm_forward", _add_forward_fake, _add_setup, _add_backward)

@@ -15,6 +15,8 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +27,18 @@ from torch import Tensor
 
 from pygpt.errors import InputError, MissingFileError
 from pygpt.model import GPT
-from pygpt.tokenizer import Tokenizer
+from pygpt.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer, load_tokenizer
 
-NAME = re.compile(r"step_(\d{8})")
+NAME = re.compile(r"step_(\d{8,})")
+TEMPORARY, OLD = ".tmp-", ".old-"
 
 
 def checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    return sorted(p for p in (run / "checkpoints").glob("step_*") if NAME.fullmatch(p.name) and p.is_dir())
+    found = {path: NAME.fullmatch(path.name) for path in (run / "checkpoints").glob("step_*") if path.is_dir()}
+    return sorted(
+        (path for path, match in found.items() if match), key=lambda path: int(path.name.removeprefix("step_"))
+    )
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -48,6 +54,25 @@ def resolve_checkpoint(path: str | Path) -> Path:
     raise MissingFileError(f"'{path}' holds neither a model (config.json) nor a checkpoint (checkpoints/step_*)")
 
 
+def checkpoint_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer of a model folder. One without its file that has GPT-2's vocabulary, padded or not, is taken for
+    GPT-2's, as downloaded from Hugging Face; for any other None is returned."""
+    if (folder / TOKENIZER_FILE).is_file():
+        return load_tokenizer(folder)
+    return get_tokenizer("gpt2") if vocab_size in (50257, 50304) else None
+
+
+def check_vocabulary(folder: Path, vocab_size: int, data_tokenizer: Tokenizer | None, data_vocab_size: int) -> None:
+    """Raise InputError unless token ids mean the same to the model in `folder` as in the data."""
+    ours = checkpoint_tokenizer(folder, vocab_size)
+    if vocab_size < data_vocab_size or (ours and data_tokenizer and ours.to_dict() != data_tokenizer.to_dict()):
+        names = [f"'{tokenizer.name}', " if tokenizer else "" for tokenizer in (data_tokenizer, ours)]
+        raise InputError(
+            f"the data has another vocabulary ({names[0]}{data_vocab_size} tokens) than the model in '{folder}' "
+            f"({names[1]}{vocab_size} tokens): prepare the text with the model's tokenizer, or train a new model"
+        )
+
+
 def save_checkpoint(
     run: Path,
     step: int,
@@ -59,24 +84,72 @@ def save_checkpoint(
 ) -> Path:
     """Write the state after `step` steps, then delete all but the newest `keep` checkpoints."""
     final = run / "checkpoints" / f"step_{step:08d}"
-    temporary = final.with_name(f"{final.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    model.save_pretrained(temporary)
-    if tokenizer is not None:
-        tokenizer.save(temporary)
-    save_file(_tensors(model, optimizer), temporary / "training.safetensors")
-    (temporary / "training.json").write_text(json.dumps({"step": step, "settings": settings}, indent=2) + "\n")
-    for file in [*temporary.iterdir(), temporary]:
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    if final.exists():  # the same step again, after a resume at it
-        shutil.rmtree(final)
-    os.replace(temporary, final)
+    with _written_as(final) as folder:
+        _save_model(folder, model, tokenizer)
+        save_file(_tensors(model, optimizer), folder / "training.safetensors")
+        training = {"step": step, "settings": settings}
+        (folder / "training.json").write_text(json.dumps(training, indent=2) + "\n", encoding="utf-8")
     for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+        _remove(old)
     return final
+
+
+def save_best(run: Path, model: GPT, tokenizer: Tokenizer | None) -> Path:
+    """Write the model alone to RUN/checkpoints/best: the one with the lowest validation loss so far."""
+    final = run / "checkpoints" / "best"
+    with _written_as(final) as folder:
+        _save_model(folder, model, tokenizer)
+    return final
+
+
+def remove_leftovers(run: Path) -> None:
+    """Delete what a crash left half written; bring back what it had only moved out of the way."""
+    for folder in (run / "checkpoints").glob(".*"):
+        if folder.name.startswith(OLD) and not (original := folder.with_name(folder.name.removeprefix(OLD))).exists():
+            os.replace(folder, original)
+        elif folder.name.startswith((OLD, TEMPORARY)):
+            shutil.rmtree(folder)
+
+
+def _save_model(folder: Path, model: GPT, tokenizer: Tokenizer | None) -> None:
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+
+
+@contextmanager
+def _written_as(final: Path) -> Iterator[Path]:
+    """A temporary folder which, once written and flushed to disk, takes the place of `final`."""
+    temporary, old = final.with_name(TEMPORARY + final.name), final.with_name(OLD + final.name)
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    yield temporary
+    for path in [*temporary.iterdir(), temporary]:
+        _flush(path)
+    if final.exists():  # a folder cannot be renamed onto another one
+        os.replace(final, old)
+    os.replace(temporary, final)
+    _flush(final.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _flush(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows cannot open folders
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Under another name first: a folder that is half deleted must not pass for a checkpoint."""
+    doomed = checkpoint.with_name(TEMPORARY + checkpoint.name)
+    os.replace(checkpoint, doomed)
+    shutil.rmtree(doomed)
 
 
 def load_checkpoint(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> int:
@@ -106,8 +179,8 @@ def read_training(folder: Path) -> dict[str, Any]:
             f"'{folder}' is a model, not a checkpoint of a run (no training.json); it cannot be resumed"
         )
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise InputError(f"'{file}' is damaged ({error})") from error
 
 

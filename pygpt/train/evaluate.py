@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import tyro
 from rich.console import Console
@@ -21,7 +22,7 @@ from pygpt.data import load_tokens, sequential_windows
 from pygpt.errors import InputError, MissingFileError
 from pygpt.model import GPT
 from pygpt.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
-from pygpt.train.checkpoint import resolve_checkpoint
+from pygpt.train.checkpoint import check_vocabulary, checkpoint_tokenizer, resolve_checkpoint
 from pygpt.train.trainer import resolve_device
 
 
@@ -62,40 +63,57 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Evaluati
     """Mean loss over every token but the first, in windows of the model's block_size that do not overlap."""
     folder = resolve_checkpoint(config.run)
     device = resolve_device(config.device)
-    tokenizer = load_tokenizer(folder) if (folder / TOKENIZER_FILE).is_file() else None
-    tokens = _tokens(config, tokenizer)
     model = GPT.from_pretrained(folder).to(device).eval()
-    if len(tokens) and int(tokens.max()) >= model.config.vocab_size:
-        raise InputError(
-            f"the text has token id {int(tokens.max())}, the model's vocabulary ends at {model.config.vocab_size - 1}; it was "
-            f"prepared with another tokenizer"
-        )
-    total, count, block_size = 0.0, 0, model.config.block_size
+    block_size, vocab_size = model.config.block_size, model.config.vocab_size
+    tokenizer = checkpoint_tokenizer(folder, vocab_size)
+    if config.text is not None:
+        tokens = _encode(config.text, tokenizer, folder)
+    else:
+        tokens, tokenizer = _load(config, folder, vocab_size, tokenizer)
     batches = math.ceil((len(tokens) - 1) / (block_size * config.batch_size))
+    total, occurrences = 0.0, np.zeros(vocab_size, np.int64)
     with Progress(console=console or Console(), transient=True) as bar:
         for x, y in bar.track(sequential_windows(tokens, block_size, config.batch_size), total=batches):
-            n = int((y >= 0).sum())
-            loss = model(x.to(device), y.to(device))[1]
-            total, count = total + loss.item() * n, count + n
+            targets = y[y >= 0]
+            total += model(x.to(device), y.to(device))[1].item() * len(targets)
+            occurrences += np.bincount(targets, minlength=vocab_size)
+    count = int(occurrences.sum())
     loss = total / count
-    size = len(tokenizer.decode_bytes(tokens[1:])) if tokenizer else None
+    size = _bytes(occurrences, tokenizer) if tokenizer else 0
     bits = total / math.log(2) / size if size else None
     return Evaluation(count, loss, math.exp(loss) if loss < 700 else math.inf, bits)
 
 
-def _tokens(config: EvaluateConfig, tokenizer: Tokenizer | None) -> np.ndarray:
-    if config.data is not None:
-        return np.asarray(load_tokens(config.data, config.split))
-    assert config.text is not None
-    if not config.text.is_file():
-        raise MissingFileError(f"no text file at '{config.text}'")
+def _encode(text: Path, tokenizer: Tokenizer | None, folder: Path) -> npt.NDArray[Any]:
+    if not text.is_file():
+        raise MissingFileError(f"no text file at '{text}'")
     if tokenizer is None:
-        raise InputError(f"'{config.run}' does not say which tokenizer it uses; prepare the text and pass --data")
+        raise InputError(f"'{folder}' does not say which tokenizer it uses; prepare the text and pass --data")
     try:
-        text = config.text.read_text(encoding="utf-8")
+        tokens = tokenizer.encode_array(text.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
-        raise InputError(f"'{config.text}' is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    ids = tokenizer.encode_array(text)
-    if len(ids) < 2:
-        raise InputError(f"'{config.text}' has {len(ids)} tokens; at least 2 are needed")
-    return ids
+        raise InputError(f"'{text}' is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    if len(tokens) < 2:
+        raise InputError(f"'{text}' has {len(tokens)} tokens; at least 2 are needed")
+    return tokens
+
+
+def _load(
+    config: EvaluateConfig, folder: Path, vocab_size: int, tokenizer: Tokenizer | None
+) -> tuple[npt.NDArray[Any], Tokenizer | None]:
+    """The tokens of --data, and what they mean."""
+    assert config.data is not None
+    file = load_tokens(config.data, config.split)
+    data_tokenizer = load_tokenizer(config.data) if (config.data / TOKENIZER_FILE).is_file() else None
+    check_vocabulary(folder, vocab_size, data_tokenizer, file.vocab_size or 0)
+    tokens = np.asarray(file)
+    if int(tokens.max()) >= vocab_size:
+        raise InputError(f"'{file.path}' has token id {tokens.max()}, the model's vocabulary ends at {vocab_size - 1}")
+    return tokens, data_tokenizer or tokenizer
+
+
+def _bytes(occurrences: npt.NDArray[np.int64], tokenizer: Tokenizer) -> int:
+    """Bytes of text in as many tokens of each id. Special tokens stand for no text."""
+    special = set(tokenizer.special_tokens.values())
+    ids = [int(token) for token in np.flatnonzero(occurrences) if int(token) not in special]
+    return sum(int(occurrences[token]) * len(tokenizer.decode_bytes([token])) for token in ids)

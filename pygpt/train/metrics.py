@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,16 @@ FILE = "metrics.jsonl"
 class Metrics:
     """Appends one JSON object per line to RUN/metrics.jsonl, and the same numbers to TensorBoard where it is installed.
 
-    Lines of steps at or after `first_step` are dropped when it is opened: a resumed run writes them again.
+    Lines of steps after `first_step` are dropped when it is opened: a resumed run writes them again.
     """
 
     def __init__(self, run: Path, first_step: int, console: Console) -> None:
         run.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(run) if row["step"] <= first_step]
-        self._file = (run / FILE).open("w", encoding="utf-8")
-        for row in kept:
-            self._file.write(json.dumps(row) + "\n")
+        temporary = run / f"{FILE}.tmp"
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(temporary, run / FILE)
+        self._file = (run / FILE).open("a", encoding="utf-8")
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
@@ -33,6 +36,12 @@ class Metrics:
             self._board = None
         else:
             self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def write(self, step: int, **values: float) -> None:
         """Values after `step` steps."""
@@ -59,6 +68,18 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def holds_run(run: Path) -> bool:
+    """Whether there is anything in a folder that a new run would overwrite."""
+    return any((run / "checkpoints").glob("step_*")) or any(row["step"] > 0 for row in read_metrics(run))
+
+
+def best_validation_loss(run: Path) -> float:
+    """The lowest validation loss after a step of training so far; infinite if there is none."""
+    return min(
+        (row["val_loss"] for row in read_metrics(run) if "val_loss" in row and row["step"] > 0), default=math.inf
+    )
 
 
 def progress_bar(console: Console) -> Progress:

@@ -6,18 +6,25 @@ pygpt pretrain --data data/stdlib --out runs/mine
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from pygpt.data import PrepareConfig, RandomOffsets, SlidingWindows, TokenFile, load_tokens, prepare
 from pygpt.errors import InputError, MissingFileError
 from pygpt.model import GPT, PRESETS, GPTConfig
-from pygpt.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
-from pygpt.train.checkpoint import checkpoints, resolve_checkpoint
+from pygpt.tokenizer import TOKENIZER_FILE, Tokenizer, encode_prompt, load_tokenizer
+from pygpt.train.checkpoint import check_vocabulary, checkpoints, resolve_checkpoint
+from pygpt.train.metrics import holds_run
 from pygpt.train.trainer import TrainConfig, Trainer, check_resumable
+
+SMALL = {"n_layer": 6, "n_head": 6, "n_embd": 192, "block_size": 128}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,21 +40,21 @@ class PretrainConfig(TrainConfig):
     overwrite: bool = False
     """Delete what an earlier run left in OUT."""
     init_from: Path | None = None
-    """Start from the weights of this run or model folder; its sizes then count, and the size settings are not used."""
+    """Start from the weights of this run or model folder, which then decides the model's sizes."""
     preset: str | None = None
-    """A named size, e.g. gpt2 or gpt3-350m, instead of n_layer, n_head and n_embd."""
-    n_layer: int = 6
-    """Transformer blocks."""
-    n_head: int = 6
-    """Attention heads."""
-    n_embd: int = 192
-    """Hidden size."""
+    """A named size, e.g. gpt2 or gpt3-350m. The settings from n_layer to bias change single values of it."""
+    n_layer: int | None = None
+    """Transformer blocks; 6 without a preset."""
+    n_head: int | None = None
+    """Attention heads; 6 without a preset."""
+    n_embd: int | None = None
+    """Hidden size; 192 without a preset."""
     block_size: int | None = None
-    """Tokens in a training sequence; by default the preset's, or 128."""
-    dropout: float = 0.0
-    """Dropout probability while training."""
-    bias: bool = True
-    """Biases in linear layers and LayerNorms, as in GPT-2."""
+    """Tokens in a training sequence; 128 without a preset. With init_from, at most what that model has."""
+    dropout: float | None = None
+    """Dropout probability while training; 0 unless init_from brings another."""
+    bias: bool | None = None
+    """Whether linear layers and LayerNorms have biases; by default they do, as in GPT-2."""
     batch_size: int = 16
     """Sequences in a batch."""
     sampler: str = "random"
@@ -56,8 +63,8 @@ class PretrainConfig(TrainConfig):
     """Tokens between the starts of sliding windows; by default block_size."""
     eval_batches: int = 20
     """Batches in an evaluation while training; `pygpt eval` goes over all of the text."""
-    prompt: str = "\n"
-    """What samples continue."""
+    prompt: str = ""
+    """What samples continue; nothing: the start of a document."""
     sample_tokens: int = 300
     """Tokens in a sample."""
 
@@ -69,19 +76,23 @@ class PretrainConfig(TrainConfig):
             raise InputError(f"unknown preset '{self.preset}': choose one of {', '.join(PRESETS)}")
         if self.resume and self.overwrite:
             raise InputError("resume and overwrite exclude each other")
-        for name in ("batch_size", "eval_batches", "sample_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("batch_size", "eval_batches", "sample_tokens", "block_size", "stride"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}")
+        if self.stride is not None and self.sampler != "sliding":
+            raise InputError("stride is for sampler sliding; random windows have none")
+        sizes = [name for name in ("preset", "n_layer", "n_head", "n_embd", "bias") if getattr(self, name) is not None]
+        if self.init_from is not None and sizes:
+            raise InputError(f"init_from brings the model's sizes with it: leave out {', '.join(sizes)}")
 
     def model_config(self, vocab_size: int) -> GPTConfig:
         """The model these settings describe."""
-        config = GPTConfig(
-            n_layer=self.n_layer, n_head=self.n_head, n_embd=self.n_embd, block_size=self.block_size or 128
-        )  # fmt: skip
+        names = ("n_layer", "n_head", "n_embd", "block_size", "dropout", "bias")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.preset is not None:
-            config = GPTConfig.preset(self.preset)
-            config = replace(config, block_size=self.block_size or config.block_size)
-        return replace(config, vocab_size=vocab_size, dropout=self.dropout, bias=self.bias)
+            return GPTConfig.preset(self.preset, vocab_size=vocab_size, **given)
+        return GPTConfig(**{**SMALL, "vocab_size": vocab_size, **given})
 
 
 # What may differ between a run and its continuation: how long, how often, where - not what is computed per step.
@@ -96,51 +107,75 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Path:
     console = console or Console()
     latest = _check_run(config)
     data = config.data or _embedded_corpus(config.out / "data", console)
-    train, val, tokenizer, vocab_size = load_data(data)
+    train, val, tokenizer, vocab_size = load_data(data, console)
     torch.manual_seed(config.seed)
-    model = _model(config, latest, vocab_size)
+    model = _model(config, latest, tokenizer, vocab_size)
     block_size = model.config.block_size
-    seed = config.seed
+    _check_length(train, block_size)
+    _check_length(val, block_size)
     sampler: RandomOffsets | SlidingWindows
     if config.sampler == "random":
-        sampler = RandomOffsets(train, block_size, config.batch_size, seed)
+        sampler = RandomOffsets(train, block_size, config.batch_size, config.seed)
     else:
-        sampler = SlidingWindows(train, block_size, config.stride or block_size, config.batch_size, seed)
-    held_out = RandomOffsets(val, block_size, config.batch_size, seed + 1)
-
-    def evaluate(model: GPT) -> float:
-        losses = []
-        for index in range(config.eval_batches):
-            x, y = (t.to(trainer.device) for t in held_out.batch(index))
-            losses.append(model(x, y)[1].item())
-        return sum(losses) / len(losses)
-
-    def sample(model: GPT) -> str:
-        assert tokenizer is not None
-        prompt = tokenizer.encode_ordinary(config.prompt)[-block_size:]
-        idx = torch.tensor([prompt], device=trainer.device)
-        return tokenizer.decode(model.generate(idx, config.sample_tokens, temperature=0.8, top_k=200, seed=seed)[0])
-
+        sampler = SlidingWindows(train, block_size, config.stride or block_size, config.batch_size, config.seed)
+    held_out = RandomOffsets(val, block_size, config.batch_size, config.seed + 1)
     trainer = Trainer(
-        model, sampler.batch, config, config.out,
-        evaluate=evaluate, sample=sample if tokenizer else None, tokenizer=tokenizer, console=console,
+        model, sampler.batch, config, config.out, tokenizer=tokenizer, console=console,
+        evaluate=partial(_mean_loss, batch=held_out.batch, batches=config.eval_batches),
+        sample=_sampler(config, tokenizer, block_size) if tokenizer else None,
     )  # fmt: skip
     if latest is not None:
         trainer.resume(latest)
+    if config.overwrite:
+        remove_run(config.out)
     size = f"{model.get_num_params(non_embedding=False) / 1e6:.1f}M parameters"
-    console.print(
-        f"{size} on {trainer.device} in {config.dtype}; {len(train):,} training tokens; run folder {config.out}"
-    )
+    tell = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    tell(f"{size} on {trainer.device} in {config.dtype}; {len(train):,} training tokens; run folder {config.out}")
     trainer.train()
-    console.print(f"checkpoint {checkpoints(config.out)[-1]}, loss plot {config.out / 'loss.png'}")
+    if checkpoints(config.out):
+        tell(f"latest checkpoint {checkpoints(config.out)[-1]}; to see what it writes: pygpt generate {config.out}")
     return config.out
 
 
-def load_data(folder: Path) -> tuple[TokenFile, TokenFile, Tokenizer | None, int]:
+def _mean_loss(model: GPT, batch: Callable[[int], tuple[Tensor, Tensor]], batches: int) -> float:
+    """Mean loss over the same batches each time."""
+    device = model.lm_head.weight.device
+    losses = [model(*(t.to(device) for t in batch(index)))[1] for index in range(batches)]
+    return torch.stack(losses).mean().item()
+
+
+def _sampler(config: PretrainConfig, tokenizer: Tokenizer, block_size: int) -> Callable[[GPT], str]:
+    """What shows a sample of the model. A prompt that cannot be used is an error now, not after hours of training."""
+    prompt = encode_prompt(tokenizer, config.prompt)
+    if len(prompt) > block_size:
+        raise InputError(f"prompt has {len(prompt)} tokens, more than block_size ({block_size}): shorten it")
+
+    def sample(model: GPT) -> str:
+        idx = torch.tensor([prompt], device=model.lm_head.weight.device)
+        options: dict[str, Any] = {"temperature": 0.8, "top_k": 200, "seed": config.seed, "eos_id": tokenizer.eot_id}
+        new = model.generate(idx, config.sample_tokens, **options)[0, len(prompt) :].tolist()
+        return config.prompt + tokenizer.decode([token for token in new if token != tokenizer.eot_id])
+
+    return sample
+
+
+def _check_length(tokens: TokenFile, block_size: int) -> None:
+    if len(tokens) <= block_size:
+        raise InputError(
+            f"'{tokens.path}' has {len(tokens)} tokens, and block_size {block_size} needs at least {block_size + 1}: "
+            f"choose a smaller --block-size or prepare more text"
+        )
+
+
+def load_data(folder: Path, console: Console) -> tuple[TokenFile, TokenFile, Tokenizer | None, int]:
     """Token files of a prepared folder -> train, val, tokenizer (None for nanoGPT's bare files), vocabulary size."""
     train, val = load_tokens(folder, "train"), load_tokens(folder, "val")
     tokenizer = load_tokenizer(folder) if (folder / TOKENIZER_FILE).is_file() else None
-    vocab_size = train.vocab_size or 50257  # nanoGPT's files, which have no meta.json, are gpt2's
+    vocab_size = train.vocab_size or 50257
+    if train.vocab_size is None:
+        console.print(
+            "the data has no meta.json; as nanoGPT's files, it is taken for tokens of gpt2 (vocabulary 50257)"
+        )
     return train, val, tokenizer, vocab_size
 
 
@@ -152,27 +187,34 @@ def _check_run(config: PretrainConfig) -> Path | None:
             raise MissingFileError(f"nothing to resume: '{config.out}' has no checkpoint (checkpoints/step_*)")
         check_resumable(found[-1], config, CHANGEABLE)
         return found[-1]
-    if (config.out / "checkpoints").exists() or (config.out / "metrics.jsonl").exists():
-        if not config.overwrite:
-            raise InputError(
-                f"'{config.out}' holds an earlier run; go on with it (--resume), delete it (--overwrite) or choose another --out"
-            )
-        for name in ("checkpoints", "tensorboard"):
-            shutil.rmtree(config.out / name, ignore_errors=True)
-        (config.out / "metrics.jsonl").unlink(missing_ok=True)
+    if holds_run(config.out) and not config.overwrite:
+        raise InputError(
+            f"'{config.out}' holds an earlier run; go on with it (--resume), delete it (--overwrite) or choose another --out"
+        )
     return None
 
 
-def _model(config: PretrainConfig, latest: Path | None, vocab_size: int) -> GPT:
+def remove_run(run: Path) -> None:
+    """Delete what an earlier run wrote into its folder, and nothing else."""
+    for name in ("checkpoints", "tensorboard"):
+        if (run / name).exists():
+            shutil.rmtree(run / name)
+    for name in ("metrics.jsonl", "loss.png"):
+        (run / name).unlink(missing_ok=True)
+
+
+def _model(config: PretrainConfig, latest: Path | None, tokenizer: Tokenizer | None, vocab_size: int) -> GPT:
     source = latest or (resolve_checkpoint(config.init_from) if config.init_from else None)
     if source is None:
         return GPT(config.model_config(vocab_size))
     model = GPT.from_pretrained(source)
-    if model.config.vocab_size < vocab_size:
-        raise InputError(
-            f"the data's vocabulary has {vocab_size} tokens, the model in '{source}' {model.config.vocab_size}; prepare the "
-            f"text with the model's tokenizer"
-        )
+    check_vocabulary(source, model.config.vocab_size, tokenizer, vocab_size)
+    if latest is None and config.block_size is not None:
+        model.crop_block_size(config.block_size)
+    if latest is None and config.dropout is not None:
+        trained = model.state_dict()
+        model = GPT(replace(model.config, dropout=config.dropout))
+        model.load_state_dict(trained)
     return model
 
 

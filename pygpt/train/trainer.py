@@ -7,6 +7,7 @@ evaluate and how to show a sample.
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
@@ -25,8 +26,15 @@ from pygpt.model import GPT
 from pygpt.optim import build_optimizer, clip_grad_norm, cosine_with_warmup
 from pygpt.peaks import peak_flops
 from pygpt.tokenizer import Tokenizer
-from pygpt.train.checkpoint import checkpoints, load_checkpoint, read_training, save_checkpoint
-from pygpt.train.metrics import Metrics, plot_loss, progress_bar
+from pygpt.train.checkpoint import (
+    checkpoints,
+    load_checkpoint,
+    read_training,
+    remove_leftovers,
+    save_best,
+    save_checkpoint,
+)
+from pygpt.train.metrics import Metrics, best_validation_loss, holds_run, plot_loss, progress_bar
 
 Batch = tuple[Tensor, ...]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -81,9 +89,14 @@ class TrainConfig:
         for name in ("steps", "accumulate", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "min_learning_rate", "warmup", "weight_decay", "grad_clip", "eval_every"):
+        at_least_0 = ("learning_rate", "min_learning_rate", "warmup", "weight_decay", "grad_clip", "seed")
+        for name in (*at_least_0, "eval_every", "sample_every", "checkpoint_every"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"betas must be at least 0 and below 1, got {self.betas}")
+        if self.peak_tflops is not None and not self.peak_tflops > 0:
+            raise InputError(f"peak_tflops must be above 0, got {self.peak_tflops}")
         if self.dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got '{self.dtype}'")
 
@@ -105,8 +118,9 @@ class Trainer:
     """Trains `model` on batch(0), batch(1), ... and writes everything about it into the folder `run`.
 
     model: moved to the configured device and dtype, in place. batch: micro-step -> tensors (a pure function, so that a
-    resumed run sees the same batches); the loss is model(*tensors)[1] unless `loss_fn(model, tensors)` is given.
-    evaluate: model -> validation loss. sample: model -> text to show. tokenizer: saved with each checkpoint.
+    resumed run sees the same batches), the last of them the targets, of which negative ones are ignored. The loss is
+    model(*tensors)[1], a mean over targets, unless `loss_fn(model, tensors)` is given. evaluate: model -> validation loss.
+    sample: model -> text to show. tokenizer: saved with each checkpoint.
     """
 
     def __init__(
@@ -135,6 +149,10 @@ class Trainer:
         self.peak_flops = peak
         self.step = 0
         self.stop_requested = False
+        self._unlogged: list[
+            tuple[Tensor, Tensor, int]
+        ] = []  # loss, gradient norm and tokens of steps since the last row
+        self._since = 0.0
 
     def resume(self, checkpoint: Path) -> None:
         """Go on where `checkpoint` stood: its optimizer, random generators and step. The model must hold its weights."""
@@ -146,44 +164,42 @@ class Trainer:
 
     def train(self) -> float:
         """Run the steps that are left; returns the last training loss. Ctrl-C saves a checkpoint and returns early."""
-        config = self.config
-        metrics = Metrics(self.run, self.step, self.console)
-        bar = progress_bar(self.console)
-        loss = math.nan
-        with stop_on_signal(self), bar:
+        if self.step == 0 and holds_run(self.run):
+            raise InputError(
+                f"'{self.run}' holds an earlier run, which would be overwritten; resume it or take another folder"
+            )
+        config, loss = self.config, math.nan
+        remove_leftovers(self.run)
+        with (
+            Metrics(self.run, self.step, self.console) as metrics,
+            stop_on_signal(self),
+            progress_bar(self.console) as bar,
+        ):
             task = bar.add_task("training", total=config.steps, completed=self.step, status="")
-            self._report(metrics, always=self.step == 0)
-            since, tokens = time.perf_counter(), 0
-            while self.step < config.steps and not self.stop_requested:
-                loss_tensor, norm, seen = self._train_step()
+            if self.step == 0:
+                self._evaluate(metrics)
+            self._since = time.perf_counter()
+            stop = self.stop_requested
+            while self.step < config.steps and not stop:
+                self._unlogged.append(self._train_step())
                 self.step += 1
-                tokens += seen
-                if self.step % config.log_every == 0 or self.step == config.steps or self._due(config.checkpoint_every):
-                    loss = self._finite(loss_tensor)
-                    now = time.perf_counter()
-                    speed = tokens / (now - since)
-                    values = {
-                        "loss": loss,
-                        "grad_norm": norm.item(),
-                        "tokens_per_second": speed,
-                        "lr": self._rate(self.step - 1),
-                    }
-                    if self.peak_flops:
-                        values["mfu"] = speed * self.model.flops_per_token() / self.peak_flops
-                    metrics.write(self.step, **values)
+                stop = self.stop_requested  # once per step: a signal after this line must not end the loop unsaved
+                save = self._due(config.checkpoint_every) or stop
+                if save or self._due(config.log_every):
+                    values = self._log(metrics)
+                    loss = values["loss"]
                     bar.update(task, completed=self.step, status=_status(values))
-                    since, tokens = now, 0
                 pause = time.perf_counter()
-                self._report(metrics)
-                if self._due(config.checkpoint_every) and self.step < config.steps:
+                if save:
                     self.save()
-                since += time.perf_counter() - pause  # evaluation and saving do not count as training time
-            bar.update(task, completed=self.step)
-        self.save()
-        metrics.close()
+                if self._due(config.eval_every):
+                    self._evaluate(metrics)
+                if self._due(config.sample_every) and not stop:
+                    self._show_sample()
+                self._since += time.perf_counter() - pause  # none of this counts as training time
         plot_loss(self.run, self.console)
-        if self.stop_requested and self.step < config.steps:
-            self.console.print(f"stopped at step {self.step}; the same command with --resume goes on from there")
+        if self.step < config.steps:
+            self.console.print(f"stopped after step {self.step}; the same command with --resume goes on from there")
         return loss
 
     def save(self) -> Path:
@@ -196,22 +212,29 @@ class Trainer:
         )
 
     def _train_step(self) -> tuple[Tensor, Tensor, int]:
-        """One optimizer step -> mean loss, gradient norm, number of tokens."""
-        config, total, tokens = self.config, None, 0
+        """One optimizer step -> mean loss, gradient norm, number of tokens. Waits for nothing on the device."""
+        first = self.step * self.config.accumulate
+        batches = [self.batch(first + micro) for micro in range(self.config.accumulate)]
+        targets = [int((tensors[-1] >= 0).sum()) for tensors in batches]
+        if not any(targets):
+            raise InputError(f"no batch of step {self.step} has a target that counts")
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate(self.step)
-        for micro in range(config.accumulate):
-            tensors = self.batch(self.step * config.accumulate + micro)
-            tokens += tensors[0].numel()
-            tensors = tuple(t.to(self.device, non_blocking=True) for t in tensors)
-            loss = self.loss_fn(self.forward, tensors) / config.accumulate
-            loss.backward()
-            total = loss.detach() if total is None else total + loss.detach()
-        norm = clip_grad_norm(self.model.parameters(), config.grad_clip)
+        total = torch.zeros((), device=self.device)
+        for tensors, count in zip(batches, targets, strict=True):
+            if count:  # weighted by targets, accumulation gives the gradient of one large batch
+                loss = self.loss_fn(self.forward, tuple(map(self._to_device, tensors))) * (count / sum(targets))
+                loss.backward()
+                total += loss.detach()
+        norm = clip_grad_norm(self.model.parameters(), self.config.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        assert total is not None
-        return total, norm, tokens
+        return total, norm, sum(tensors[0].numel() for tensors in batches)
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
     def _rate(self, step: int) -> float:
         c = self.config
@@ -226,34 +249,57 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return self.step == self.config.steps or (every > 0 and self.step % every == 0)
 
-    def _finite(self, loss: Tensor) -> float:
-        value = loss.item()
-        if not math.isfinite(value):
-            saved = checkpoints(self.run)
-            last = f"the last good checkpoint is '{saved[-1]}'" if saved else "no checkpoint was written yet"
-            raise DivergedError(
-                f"the loss is {value} at step {self.step}: training diverged; {last}. Lower --learning-rate or raise --warmup"
-            )
-        return value
+    def _log(self, metrics: Metrics) -> dict[str, float]:
+        """Write a row for the current step. Raises DivergedError if any step since the last row was not finite."""
+        losses, norms, tokens = zip(*self._unlogged, strict=True)
+        rows = torch.stack([torch.stack(losses), torch.stack(norms)], dim=1).tolist()
+        for index, (loss, norm) in enumerate(rows):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                self._raise_diverged(self.step - len(rows) + 1 + index, loss, norm)
+        speed = sum(tokens) / (time.perf_counter() - self._since)
+        values = {"loss": loss, "grad_norm": norm, "tokens_per_second": speed, "lr": self._rate(self.step - 1)}
+        if self.peak_flops:
+            values["mfu"] = speed * self.model.flops_per_token() / self.peak_flops
+        metrics.write(self.step, **values)
+        self._unlogged.clear()
+        self._since = time.perf_counter()
+        return values
 
-    def _report(self, metrics: Metrics, always: bool = False) -> None:
-        """Evaluate and sample where they are due. A resumed run that evaluates at other steps must still draw the same
-        dropout: random generators are left as they were."""
-        with torch.random.fork_rng():
+    def _raise_diverged(self, step: int, loss: float, norm: float) -> NoReturn:
+        saved = checkpoints(self.run)
+        last = f"the last good checkpoint is '{saved[-1]}'" if saved else "no checkpoint was written yet"
+        raise DivergedError(
+            f"training diverged: at step {step} the loss is {loss} and the gradient's norm {norm}; {last}. "
+            f"Start again with a lower learning_rate or a longer warmup"
+        )
+
+    def _evaluate(self, metrics: Metrics) -> None:
+        if self.evaluate is None:
+            return
+        with self._aside():
+            loss = self.evaluate(self.model)
+        is_best = loss < best_validation_loss(self.run)
+        metrics.write(self.step, val_loss=loss)
+        self.console.print(f"step {self.step}: validation loss {loss:.4f}")
+        if is_best and self.step > 0:
+            save_best(self.run, self.model, self.tokenizer)
+
+    def _show_sample(self) -> None:
+        if self.sample is None:
+            return
+        with self._aside():
+            text = self.sample(self.model)
+        self.console.rule(f"sample after step {self.step}")
+        self.console.print(text, markup=False, highlight=False)
+        self.console.rule()
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Evaluation mode; random generators are left as they were, so that training draws the same dropout afterwards."""
+        with torch.random.fork_rng(), torch.no_grad():
             self.model.eval()
-            self._evaluate_and_sample(metrics, always)
+            yield
             self.model.train()
-
-    def _evaluate_and_sample(self, metrics: Metrics, always: bool) -> None:
-        if self.evaluate and (always or self._due(self.config.eval_every)):
-            with torch.no_grad():
-                loss = self.evaluate(self.model)
-            metrics.write(self.step, val_loss=loss)
-            self.console.print(f"step {self.step}: validation loss {loss:.4f}")
-        if self.sample and not always and self._due(self.config.sample_every):
-            self.console.rule(f"sample at step {self.step}")
-            self.console.print(self.sample(self.model), markup=False, highlight=False)
-            self.console.rule()
 
 
 def _status(values: dict[str, float]) -> str:
@@ -269,7 +315,8 @@ def stop_on_signal(trainer: Trainer) -> Iterator[None]:
         if trainer.stop_requested:
             raise KeyboardInterrupt
         trainer.stop_requested = True
-        trainer.console.print("stopping after this step; once more to stop at once, without saving")
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"\nStopping after this step; once more to stop at once, without saving.\n")
 
     try:
         previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -1,0 +1,121 @@
+// Causal attention on CUDA: checks, scratch and registration. The kernels are attention*.cu.
+
+#include "cuda/attention.h"
+
+#include <cmath>
+#include <limits>
+
+#include "cuda/tensor.h"
+
+namespace pygpt::cuda {
+namespace {
+
+// Views of a packed projection are read in place; only a last stride other than 1 costs a copy.
+Tensor rows(const Tensor& x) { return x.stride(3) == 1 ? x : torch::stable::contiguous(x); }
+
+Heads heads(const Tensor& x) { return {mutable_data(x), x.stride(0), x.stride(1), x.stride(2)}; }
+
+Attention describe(const Tensor& q, const Tensor& k, const Tensor& v, double scale, double dropout_p,
+                   const std::optional<Tensor>& seed, const char* op) {
+  PYGPT_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && q.size(0) == k.size(0) && q.size(2) == k.size(2) &&
+                  q.size(3) == k.size(3) && k.sizes() == v.sizes() && k.size(1) >= q.size(1),
+              op, ": q must be (B, T, H, D) and k, v (B, S, H, D) with S >= T");
+  PYGPT_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(), op, ": q, k and v must have one dtype");
+  PYGPT_CHECK(q.size(3) >= 1 && q.size(3) <= kMaxHeadDim, op, ": the head dimension must be 1 to 256");
+  PYGPT_CHECK(dropout_p >= 0.0 && dropout_p < 1.0 && (dropout_p == 0.0 || seed), op,
+              ": dropout_p must be in [0, 1), with a seed unless it is 0");
+  PYGPT_CHECK(!seed || (seed->scalar_type() == ScalarType::Long && seed->numel() == 1), op, ": the seed must be int64 (1,)");
+  // One block per 8 rows of a head at most, in the first dimension of the grid.
+  PYGPT_CHECK(k.size(1) < (int64_t{1} << 30) && q.size(0) * q.size(2) * (k.size(1) / 8 + 1) < (int64_t{1} << 31), op,
+              ": too many heads or keys for one launch");
+  const double threshold = std::floor(dropout_p * 4294967296.0);
+  Attention p{};
+  p.dtype = dtype_of(q, op);
+  p.B = static_cast<int>(q.size(0));
+  p.T = static_cast<int>(q.size(1));
+  p.S = static_cast<int>(k.size(1));
+  p.H = static_cast<int>(q.size(2));
+  p.D = static_cast<int>(q.size(3));
+  p.scale = static_cast<float>(scale);
+  p.dropout = {dropout_p > 0.0 ? data<int64_t>(*seed) : nullptr, static_cast<uint32_t>(threshold),
+               static_cast<float>(1.0 / (1.0 - dropout_p))};
+  p.q = heads(q);
+  p.k = heads(k);
+  p.v = heads(v);
+  p.splits = 1;
+  return p;
+}
+
+std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, double scale, double dropout_p, std::optional<Tensor> seed) {
+  const char* op = "causal_attention_forward";
+  PYGPT_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, op, ": q, k and v must have 4 dimensions");
+  q = rows(q);
+  k = rows(k);
+  v = rows(v);
+  Attention p = describe(q, k, v, scale, dropout_p, seed, op);
+  const OnDevice device(op, q);
+  Tensor out = new_empty(q, {p.B, p.T, p.H, p.D}, q.scalar_type());
+  Tensor lse = new_empty(q, {p.B, p.H, p.T}, ScalarType::Float);
+  if (lse.numel() == 0) return {out, lse};
+  p.out = heads(out);
+  p.lse = mutable_data<float>(lse);
+  if (!attention_on_tensor_cores(p, false)) {
+    attention_plain_forward(p, device);
+    return {out, lse};
+  }
+  p.splits = attention_splits(p, device.multiprocessors);
+  const int64_t parts = p.splits > 1 ? p.splits : 0;
+  Tensor partial_out = new_empty(q, {parts, p.B, p.H, p.T, p.D}, ScalarType::Float);
+  Tensor partial_lse = new_empty(q, {parts, p.B, p.H, p.T}, ScalarType::Float);
+  p.partial_out = mutable_data<float>(partial_out);
+  p.partial_lse = mutable_data<float>(partial_lse);
+  attention_forward(p, device);
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, double scale,
+                                            double dropout_p, std::optional<Tensor> seed) {
+  const char* op = "causal_attention_backward";
+  PYGPT_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, op, ": q, k and v must have 4 dimensions");
+  PYGPT_CHECK(grad.sizes() == q.sizes() && out.sizes() == q.sizes() && grad.scalar_type() == q.scalar_type() &&
+                  out.scalar_type() == q.scalar_type(),
+              op, ": grad and out must match q in shape and dtype");
+  q = rows(q);
+  k = rows(k);
+  v = rows(v);
+  grad = rows(grad);
+  out = rows(out);
+  lse = torch::stable::contiguous(lse);
+  Attention p = describe(q, k, v, scale, dropout_p, seed, op);
+  PYGPT_CHECK(lse.scalar_type() == ScalarType::Float && lse.numel() == int64_t(p.B) * p.H * p.T, op,
+              ": lse must be (B, H, T) float32");
+  const OnDevice device(op, q);
+  Tensor grad_q = new_empty(q, {p.B, p.T, p.H, p.D}, q.scalar_type());
+  Tensor grad_k = new_empty(q, {p.B, p.S, p.H, p.D}, q.scalar_type());
+  Tensor grad_v = new_empty(q, {p.B, p.S, p.H, p.D}, q.scalar_type());
+  if (lse.numel() == 0) {  // no query: nothing reaches the keys
+    torch::stable::zero_(grad_k);
+    torch::stable::zero_(grad_v);
+    return {grad_q, grad_k, grad_v};
+  }
+  Tensor delta = new_empty(q, {p.B, p.H, p.T}, ScalarType::Float);
+  p.out = heads(out);
+  p.grad = heads(grad);
+  p.lse = mutable_data<float>(lse);
+  p.delta = mutable_data<float>(delta);
+  p.grad_q = heads(grad_q);
+  p.grad_k = heads(grad_k);
+  p.grad_v = heads(grad_v);
+  attention_delta(p, device);
+  attention_on_tensor_cores(p, true) ? attention_backward(p, device) : attention_plain_backward(p, device);
+  return {grad_q, grad_k, grad_v};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pygpt, PYGPT_CUDA_KEY, m) {
+  m.impl("causal_attention_forward", TORCH_BOX(&forward));
+  m.impl("causal_attention_backward", TORCH_BOX(&backward));
+}
+
+}  // namespace pygpt::cuda

@@ -1,0 +1,88 @@
+"""Linear layers in float32 through the faster of torch's two GEMM libraries.
+
+On x86 CPUs torch computes float32 products with MKL, which on processors that are not Intel's reaches less than half of
+what oneDNN, in every torch as well, does on the same machine (bench/LOG.md has the figures). So there these products go
+through oneDNN; everywhere else this is `F.linear`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pygpt.ops import backends
+
+MIN_ROWS = 16  # fewer rows are a matter of memory bandwidth, which MKL uses as well
+
+ONEDNN_IS_FASTER = (
+    backends.extension is not None
+    and backends.extension.prefers_onednn()
+    and torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+)
+backends.register("linear", **({"cpp": (torch.float32,)} if ONEDNN_IS_FASTER else {}))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias, as `F.linear`: x (..., K), weight (N, K), bias (N,) or None -> (..., N). Its errors too."""
+    if (
+        backends.choose("linear", x) == "eager"
+        or x.dim() < 2
+        or weight.dim() != 2
+        or x.shape[-1] != weight.shape[1]
+        or x.numel() < MIN_ROWS * x.shape[-1]
+        or 0 in weight.shape
+        or not x.dtype == weight.dtype == (weight if bias is None else bias).dtype
+        or torch.is_autocast_enabled(x.device.type)
+        or torch.compiler.is_compiling()  # the compiler chooses its own products
+    ):
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return _Linear.apply(x, weight, bias)
+    return _onednn(x, weight, bias)
+
+
+def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b.T for matrices a (M, K) and b (N, K) of any strides, outside autograd."""
+    if (
+        backends.choose("linear", a) == "eager"
+        or a.shape[0] < MIN_ROWS
+        or 0 in b.shape
+        or torch.compiler.is_compiling()
+    ):
+        return a @ b.t()
+    return _onednn(a, b, None)
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _onednn(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        rows, x_rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])  # (M, N), (M, K)
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _onednn(rows, weight.t(), None).view_as(x)
+        if ctx.needs_input_grad[1]:
+            # (N, M) by (M, K). oneDNN copies its first operand where it is transposed: let that be the smaller one.
+            if rows.shape[1] <= x_rows.shape[1]:
+                grad_weight = _onednn(rows.t(), x_rows.t(), None)
+            else:
+                grad_weight = _onednn(x_rows.t(), rows.t(), None).t().contiguous()
+        if ctx.needs_input_grad[2]:
+            grad_bias = rows.sum(0)
+        return grad_x, grad_weight, grad_bias

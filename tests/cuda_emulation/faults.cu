@@ -1,0 +1,227 @@
+// Kernels with one planted mistake each, to show that the emulation catches it, and the same kernels without it.
+//   faults NAME right|planted SEED      exit status: 0 right numbers, 3 wrong numbers, 4 stopped by the emulation
+
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <vector>
+
+#include "cuda/launch.h"
+#include "cuda/ptx.h"
+#include "cuda/shared.h"
+
+namespace {
+
+using namespace pygpt::cuda;
+
+constexpr int kThreads = 96;
+
+template <bool kPlanted>
+__global__ void missing_syncthreads(const float* in, float* out) {
+  float* values = SharedMemory().take<float>(kThreads);
+  values[threadIdx.x] = in[threadIdx.x];
+  if (!kPlanted) __syncthreads();
+  out[threadIdx.x] = values[kThreads - 1 - threadIdx.x];
+}
+
+template <bool kPlanted>
+__global__ void missing_syncwarp(const float* in, float* out) {
+  float* values = SharedMemory().take<float>(kThreads);
+  values[threadIdx.x] = in[threadIdx.x];
+  if (!kPlanted) __syncwarp();
+  out[threadIdx.x] = values[threadIdx.x / 32 * 32 + 31 - threadIdx.x % 32];
+}
+
+// Two turns through one buffer, -in and then in twice: the second turn's writes must wait for the first turn's reads.
+template <bool kPlanted>
+__global__ void buffer_reused_early(const float* in, float* out) {
+  float* values = SharedMemory().take<float>(kThreads);
+  float total = 0;
+  for (int turn = 0; turn < 2; ++turn) {
+    values[threadIdx.x] = in[threadIdx.x] * static_cast<float>(turn * 2 - 1);
+    __syncthreads();
+    total += 2 * values[kThreads - 1 - threadIdx.x] * static_cast<float>(turn + 1) / 2;
+    if (!kPlanted) __syncthreads();
+  }
+  out[threadIdx.x] = total;
+}
+
+template <bool kPlanted>
+__global__ void missing_copy_wait(const float* in, float* out) {
+  float* values = SharedMemory().take<float>(kThreads);
+  if (threadIdx.x < kThreads / 4) ptx::cp_async_16(values + 4 * threadIdx.x, in + 4 * threadIdx.x, true);
+  ptx::cp_async_commit();
+  if (!kPlanted) ptx::cp_async_wait<0>();
+  __syncthreads();
+  out[threadIdx.x] = values[kThreads - 1 - threadIdx.x];
+  if (kPlanted) ptx::cp_async_wait<0>();
+}
+
+// Waits for one group too few.
+template <bool kPlanted>
+__global__ void wrong_copy_group(const float* in, float* out) {
+  float* values = SharedMemory().take<float>(kThreads);
+  for (int half = 0; half < 2; ++half) {
+    const int at = half * kThreads / 2 + 4 * threadIdx.x;
+    if (threadIdx.x < kThreads / 8) ptx::cp_async_16(values + at, in + at, true);
+    ptx::cp_async_commit();
+  }
+  ptx::cp_async_wait<kPlanted ? 1 : 0>();
+  __syncthreads();
+  out[threadIdx.x] = values[kThreads - 1 - threadIdx.x];
+  ptx::cp_async_wait<0>();
+}
+
+template <bool kPlanted>
+__global__ void shared_out_of_bounds(const float* in, float* out) {
+  SharedMemory shared;
+  float* values = shared.take<float>(kThreads);
+  float* others = shared.take<float>(kThreads);  // the array that a real device would silently run into
+  values[threadIdx.x] = in[threadIdx.x];
+  others[threadIdx.x] = 0;
+  __syncthreads();
+  out[threadIdx.x] = values[kThreads - 1 - threadIdx.x] + 0.0f * values[threadIdx.x + (kPlanted ? 1 : 0)];
+}
+
+template <bool kPlanted>
+__global__ void global_out_of_bounds(const float* in, float* out) {
+  out[threadIdx.x] = in[kThreads - (kPlanted ? 0 : 1) - threadIdx.x];
+}
+
+template <bool kPlanted>
+__global__ void shared_not_written(const float* in, float* out) {
+  float* values = SharedMemory().take<float>(kThreads);
+  if (!kPlanted || threadIdx.x > 0) values[threadIdx.x] = in[threadIdx.x];
+  __syncthreads();
+  out[threadIdx.x] = values[kThreads - 1 - threadIdx.x];
+}
+
+template <bool kPlanted>
+__global__ void more_shared_than_launched(const float* in, float* out) {
+  float* values = SharedMemory().take<float>(kThreads + (kPlanted ? 1 : 0));
+  values[threadIdx.x] = in[threadIdx.x];
+  __syncthreads();
+  out[threadIdx.x] = values[kThreads - 1 - threadIdx.x];
+}
+
+template <bool kPlanted>
+__global__ void divergent_barrier(const float* in, float* out) {
+  if (kPlanted && threadIdx.x < 32) {
+    __syncthreads();
+  } else {
+    __syncthreads();
+  }
+  out[threadIdx.x] = in[kThreads - 1 - threadIdx.x];
+}
+
+template <bool kPlanted>
+__global__ void barrier_after_return(const float* in, float* out) {
+  out[threadIdx.x] = in[kThreads - 1 - threadIdx.x];
+  if (kPlanted && threadIdx.x == 5) return;
+  __syncthreads();
+}
+
+template <bool kPlanted>
+__global__ void divergent_shuffle(const float* in, float* out) {
+  float value = in[kThreads - 1 - threadIdx.x];
+  if (!kPlanted || threadIdx.x % 2 == 0) value += 0.0f * __shfl_xor_sync(0xffffffffu, value, 2);
+  out[threadIdx.x] = value;
+}
+
+// A (16, 16) times B (16, 8), both row-major in shared memory: B needs the transposing ldmatrix.
+template <bool kPlanted>
+__global__ void wrong_fragment_layout(const float* in, float* out) {
+  SharedMemory shared;
+  __nv_bfloat16* A = shared.take<__nv_bfloat16>(16 * 16);
+  __nv_bfloat16* B = shared.take<__nv_bfloat16>(32 * 8);  // twice, for ldmatrix.x4
+  for (int i = threadIdx.x; i < 256; i += blockDim.x) {
+    A[i] = __float2bfloat16_rn(in[i % 91]);
+    B[i] = __float2bfloat16_rn(in[i % 128 % 83]);
+  }
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  const int lane = threadIdx.x;
+  uint32_t a[4], b[4];
+  float c[4] = {};
+  ptx::ldmatrix_x4(a, A + (lane % 16) * 16 + lane / 16 * 8);
+  if (kPlanted) {
+    ptx::ldmatrix_x4(b, B + lane * 8);
+  } else {
+    ptx::ldmatrix_x4_transposed(b, B + lane * 8);
+  }
+  ptx::mma_m16n8k16(__nv_bfloat16{}, c, a, b[0], b[1]);
+  for (int i = 0; i < 4; ++i) out[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = c[i];
+}
+
+struct Fault {
+  const char* name;
+  void (*right)(const float*, float*);
+  void (*planted)(const float*, float*);
+  int outputs;
+  size_t shared;
+};
+
+#define FAULT(name, shared) \
+  { #name, name<false>, name<true>, kThreads, shared }
+
+const Fault kFaults[] = {
+    FAULT(missing_syncthreads, kThreads * 4),
+    FAULT(missing_syncwarp, kThreads * 4),
+    FAULT(buffer_reused_early, kThreads * 4),
+    FAULT(missing_copy_wait, kThreads * 4),
+    FAULT(wrong_copy_group, kThreads * 4),
+    FAULT(shared_out_of_bounds, kThreads * 8),
+    FAULT(global_out_of_bounds, 0),
+    FAULT(shared_not_written, kThreads * 4),
+    FAULT(more_shared_than_launched, kThreads * 4),
+    FAULT(divergent_barrier, 0),
+    FAULT(barrier_after_return, 0),
+    FAULT(divergent_shuffle, 0),
+    {"wrong_fragment_layout", wrong_fragment_layout<false>, wrong_fragment_layout<true>, 128, 1024},
+};
+
+float bf16(float x) { return __bfloat162float(__float2bfloat16_rn(x)); }
+
+float expected(const Fault& fault, const std::vector<float>& in, int i) {
+  if (strcmp(fault.name, "missing_syncwarp") == 0) return in[i / 32 * 32 + 31 - i % 32];
+  if (fault.outputs == kThreads) return in[kThreads - 1 - i];
+  float total = 0;
+  for (int k = 0; k < 16; ++k) total += bf16(in[(i / 8 * 16 + k) % 91]) * bf16(in[(k * 8 + i % 8) % 83]);
+  return total;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc == 1) {
+    for (const Fault& fault : kFaults) puts(fault.name);
+    return 0;
+  }
+  emulation::set_seed(strtoull(argv[3], nullptr, 10));
+  for (const Fault& fault : kFaults) {
+    if (strcmp(fault.name, argv[1]) != 0) continue;
+    std::vector<float> in(kThreads), out(fault.outputs);
+    in.shrink_to_fit();
+    for (int i = 0; i < kThreads; ++i) in[i] = static_cast<float>(i * 37 % 101) / 8 + 1;
+    try {
+      launch({nullptr, 1, fault.name}, strcmp(argv[2], "planted") == 0 ? fault.planted : fault.right, 1, kThreads,
+             fault.shared, in.data(), out.data());
+    } catch (const std::runtime_error& error) {
+      fprintf(stderr, "%s\n", error.what());
+      return 4;
+    }
+    for (int i = 0; i < fault.outputs; ++i)
+      if (!(std::fabs(out[i] - expected(fault, in, i)) < 0.01f)) {
+        fprintf(stderr, "wrong number: out[%d] is %g, not %g\n", i, out[i], expected(fault, in, i));
+        return 3;
+      }
+    return 0;
+  }
+  fprintf(stderr, "no such kernel: %s\n", argv[1]);
+  return 2;
+}

@@ -1,0 +1,78 @@
+"""The CUDA column's state is told truthfully, also where it cannot run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pygpt
+from pygpt.ops import backends, choices
+
+CUDA = {column.name: column for column in backends.columns()}["cuda"]
+
+
+def test_reasons_in_the_order_they_are_found():
+    assert "not built" in backends._load_cuda(None, "13.0")
+    assert "without CUDA" in backends._load_cuda("/nowhere/_cuda.so", None)
+
+
+@pytest.mark.skipif(backends.extension is None, reason="pygpt._C is not built, so loading stops before the library")
+def test_a_library_that_does_not_load_says_why_and_warns(tmp_path: Path):
+    broken = tmp_path / "_cuda.so"
+    broken.write_bytes(b"not a library")
+    with pytest.warns(UserWarning, match="running without it"):
+        assert "failed to load" in backends._load_cuda(str(broken), "13.0")
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is a CUDA build")
+def test_a_cpu_build_of_torch_says_so():
+    built = backends._cuda_spec is not None
+    assert ("without CUDA" if built else "not built") in CUDA.problem
+    with pytest.raises(ValueError, match=r"backend 'cuda' is not available: (built|not built)"):
+        pygpt.use_backend("cuda")
+    assert all(row.why_not.get("cuda") for row in backends.report())
+
+
+def test_the_variable_is_an_error_where_cuda_cannot_run():
+    if not CUDA.problem:
+        pytest.skip("the CUDA kernels run here")
+    environment = {**os.environ, "PYGPT_BACKEND": "cuda"}
+    run = subprocess.run([sys.executable, "-c", "import pygpt"], env=environment, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "backend 'cuda' is not available" in run.stderr
+
+
+def test_auto_prefers_a_gpu_kernel_only_where_it_was_measured(monkeypatch: pytest.MonkeyPatch):
+    line = choices.Choice("layer_norm", (9, 0), "cuda", "a bench result")
+    monkeypatch.setattr(choices, "MEASURED", (line,))
+    assert choices.preferred("layer_norm", (9, 0)) == ("cuda", "eager")
+    assert choices.preferred("layer_norm", (8, 0)) == ("eager",)
+    assert choices.preferred("embedding", (9, 0)) == ("eager",)
+
+
+@pytest.mark.skipif(backends._cuda_spec is None, reason="pygpt/_cuda.so is not built (no nvcc at install)")
+@pytest.mark.skipif(backends.extension is None, reason="pygpt._C, which has the schemas, is not built")
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch loads the library itself")
+def test_the_library_needs_nothing_but_the_stream_from_libtorch_cuda(tmp_path: Path):
+    # Everything else must resolve against a CPU build of torch: then it also does against every CUDA build.
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ to build a stand-in for libtorch_cuda.so")
+    stub = Path(__file__).resolve().parents[1] / "csrc" / "cuda" / "link_stub.cpp"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", tmp_path / "libtorch_cuda.so", stub], check=True)
+    code = f"""
+import torch
+from pygpt.ops import backends, choices
+assert backends._load_cuda({backends._cuda_spec.origin!r}, "13.0") == ""
+print(torch._C._dispatch_dump("pygpt::layer_norm_forward"))
+"""
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "LD_BIND_NOW": "1"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "CUDA: registered" in run.stdout

@@ -1,0 +1,261 @@
+"""The CUDA kernels, run on the emulated device, against float64 references.
+
+The operators are those of the CUDA library, host side included, registered for CPU tensors as pygpt_emulated::*. Each
+case runs under several orders of threads and blocks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from common import TOLERANCE, assert_close, double, leaf
+from cuda_emulation import build
+from test_attention import SHAPES as ATTENTION_SHAPES
+from test_attention import explicit
+from test_layer_norm import SHAPES as LAYER_NORM_SHAPES
+
+from pygpt.ops.attention import dropout_mask
+
+pytestmark = pytest.mark.skipif(bool(build.missing()), reason=build.missing() or "built")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(scope="session")
+def library() -> ctypes.CDLL:
+    (path,) = build.build("emulation.so")
+    torch.ops.load_library(path)
+    return ctypes.CDLL(str(path))
+
+
+@pytest.fixture(params=[0, 1, 2], ids="seed{}".format)
+def op(request: pytest.FixtureRequest, library: ctypes.CDLL) -> Any:
+    """The emulated operators, under one order of threads and blocks."""
+    library.emulation_set_seed(ctypes.c_uint64(request.param))
+    return torch.ops.pygpt_emulated
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    return leaf(*shape, dtype=dtype, seed=seed).detach()
+
+
+# 1608: a row of several warps; 12,288: the widest kept in registers; 12,296: the first beyond; 1023: no 16-byte loads
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*LAYER_NORM_SHAPES, (9, 72), (3, 1608), (2, 12288), (2, 12296), (2, 1023)], ids=str)
+def test_layer_norm(op, shape, dtype):
+    C = shape[-1]
+    floor = 3.0 if C == 1 else 1e-3
+    x, residual, grad, grad_sum = (random(*shape, dtype=dtype, seed=i) for i in range(4))
+    for weight_dtype, with_bias in ((dtype, True), (torch.float32, False)):
+        weight = random(C, dtype=weight_dtype, seed=4)
+        bias = random(C, dtype=weight_dtype, seed=5) if with_bias else None
+        y, mean, rstd = op.layer_norm_forward(x, weight, bias, 1e-5)
+        grads = op.layer_norm_backward(grad, x, weight, mean, rstd, with_bias)
+        compare_layer_norm(x, weight, bias, y, grad, grads, None, dtype, floor)
+
+        y, total, mean, rstd = op.add_layer_norm_forward(x, residual, weight, bias, 1e-5)
+        assert_close(total, x.double() + residual.double(), dtype, "sum")
+        assert torch.equal(total, x + residual)
+        grads = op.add_layer_norm_backward(grad, grad_sum, total, weight, mean, rstd, with_bias)
+        compare_layer_norm(total, weight, bias, y, grad, grads, grad_sum, dtype, floor)
+
+
+def compare_layer_norm(x, weight, bias, y, grad, grads, grad_sum, dtype, floor):
+    rx, rw = double(x).requires_grad_(), double(weight).requires_grad_()
+    rb = None if bias is None else double(bias).requires_grad_()
+    ry = F.layer_norm(rx, rw.shape, rw, rb)
+    assert_close(y, ry, dtype, "y")
+    outputs, cotangents = [ry], [grad.double()]
+    if grad_sum is not None:
+        outputs, cotangents = [ry, rx * 1.0], [grad.double(), grad_sum.double()]
+    torch.autograd.backward(outputs, cotangents)
+    assert_close(grads[0], rx.grad, dtype, "grad x", floor)
+    assert_close(grads[1], rw.grad, dtype, "grad weight", floor)
+    if bias is not None:
+        assert_close(grads[2], rb.grad, dtype, "grad bias", floor)
+
+
+def test_layer_norm_of_views_and_unaligned_storage(op):
+    for start in (0, 1, 8):  # elements: 1 breaks the alignment of 16-byte loads
+        x = random(4, 3 * 64 + start, dtype=torch.bfloat16)[:, start : start + 64]
+        flat = random(4 * 64 + start, dtype=torch.bfloat16)[start:].view(4, 64)
+        weight = random(64 + start, dtype=torch.bfloat16, seed=1)[start:]
+        for rows in (x, flat, flat.t().contiguous().t()):
+            y, _, _ = op.layer_norm_forward(rows, weight, None, 1e-5)
+            assert_close(y, F.layer_norm(rows.double(), (64,), weight.double()), torch.bfloat16)
+
+
+def test_layer_norm_large_mean_keeps_its_variance(op):
+    for C in (256, 255):
+        x = random(4, C, dtype=torch.float32) + 3000.0
+        y, _, _ = op.layer_norm_forward(x, torch.ones(C), None, 1e-5)
+        assert_close(y, F.layer_norm(x.double(), (C,)), torch.bfloat16)
+
+
+# V below and above one digit of the sort; tokens in one tile and in several; C with and without 16-byte accesses.
+EMBEDDINGS = [
+    (1, 1, 1, 1),
+    (2, 3, 5, 8),
+    (3, 17, 300, 72),
+    (1, 40, 1, 16),
+    (2, 0, 5, 8),
+    (2, 700, 70000, 7),
+    (1, 33, 11, 2056),
+    (64, 2, 65536, 16),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", EMBEDDINGS, ids=str)
+def test_embedding(op, sizes, dtype):
+    B, T, V, C = sizes
+    offset = 2
+    generator = torch.Generator().manual_seed(B * T)
+    idx = torch.randint(V, (B, T), generator=generator)
+    idx = torch.where(torch.rand(B, T, generator=generator) < 0.4, V // 2, idx)  # one id in very many places
+    token, position, grad = (random(*s, dtype=dtype, seed=i) for i, s in enumerate([(V, C), (T + 3, C), (B, T, C)]))
+    out = op.embedding_forward(idx, token, position, offset)
+    assert_close(out, token.double()[idx] + position.double()[offset : offset + T], dtype, "out")
+    assert torch.equal(op.embedding_forward(idx, token, None, 0), token[idx])
+
+    for table_dtype in {dtype, torch.float32}:
+        start = random(V, C, dtype=table_dtype, seed=5), random(T + 3, C, dtype=table_dtype, seed=6)
+        grads = [g.clone() for g in start]
+        op.embedding_backward_(grad, idx, grads[0], grads[1], offset)
+        wanted = [g.double() for g in start]
+        wanted[0].index_put_((idx,), grad.double(), accumulate=True)
+        wanted[1][offset : offset + T] += grad.double().sum(0)
+        assert_close(grads[0], wanted[0], table_dtype, "token grad")
+        assert_close(grads[1], wanted[1], table_dtype, "position grad")
+        without = start[0].clone()
+        op.embedding_backward_(grad, idx, without, None, 0)
+        assert torch.equal(without, grads[0])
+
+
+def test_embedding_of_ids_out_of_range(op):
+    idx = torch.tensor([[0, -1, 4, 5, 2**40, 3]])
+    token, grad = random(5, 8, dtype=torch.float32), random(1, 6, 8, dtype=torch.float32, seed=1)
+    out = op.embedding_forward(idx, token, None, 0)[0]
+    assert torch.isnan(out[[1, 3, 4]]).all()
+    assert torch.equal(out[[0, 2, 5]], token[[0, 4, 3]])
+    token_grad = torch.zeros(5, 8)
+    op.embedding_backward_(grad, idx, token_grad, None, 0)
+    wanted = torch.zeros(5, 8)
+    wanted[[0, 4, 3]] = grad[0, [0, 2, 5]]
+    assert torch.equal(token_grad, wanted)
+
+
+ATTENTIONS = [
+    *ATTENTION_SHAPES,
+    (2, 70, 70, 2, 8),
+    (1, 190, 190, 1, 64),
+    (1, 100, 165, 2, 128),
+    (1, 66, 130, 1, 72),
+    (3, 1, 700, 2, 64),
+    (1, 9, 9, 1, 136),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize("shape", ATTENTIONS, ids=str)
+def test_attention(op, shape, dtype, dropout_p):
+    B, T, S, H, D = shape
+    q, k, v, grad = (random(B, n, H, D, dtype=dtype, seed=i) for i, n in enumerate([T, S, S, T]))
+    compare_attention(op, q, k, v, grad, dropout_p)
+
+
+def compare_attention(op, q, k, v, grad, dropout_p=0.0, scale=None):
+    B, T, H, D = q.shape
+    dtype, scale = q.dtype, 1 / math.sqrt(D) if scale is None else scale
+    seed = torch.tensor([-0x123456789ABCDEF]) if dropout_p else None
+    keep = dropout_mask(seed, (B, H, T, k.shape[1]), dropout_p) if dropout_p else None
+    out, lse = op.causal_attention_forward(q, k, v, scale, dropout_p, seed)
+    leaves = [double(t).requires_grad_() for t in (q, k, v)]
+    reference, reference_lse = explicit(*leaves, scale, keep, dropout_p)
+    assert out.is_contiguous()
+    assert_close(out, reference, dtype, "out")
+    assert_close(lse, reference_lse, torch.float32, "lse")
+    grads = op.causal_attention_backward(grad, q, k, v, out, lse, scale, dropout_p, seed)
+    wanted = torch.autograd.grad(reference, leaves, grad.double())
+    for name, g, w in zip("qkv", grads, wanted, strict=True):
+        # As in test_attention: dS is a difference of numbers of size sqrt(D) / (1 - p), one of them from the rounded output,
+        # and is itself rounded to the dtype before the product with a row of k, whose largest elements are near 4.
+        rounded = dtype != torch.float32 or k.shape[1] == 1
+        floor = 4 * abs(scale) * math.sqrt(D) / (1 - dropout_p) if rounded and name != "v" else 0.0
+        assert_close(g, w, dtype, f"grad {name}", max(floor, 1e-2))
+        if k.shape[1] > 8 and w.abs().max() > 1e-2:  # such elements are few: on the whole the error is a rounding
+            error = (g.double() - w).norm() / w.norm()
+            assert error < TOLERANCE[dtype], f"grad {name}: relative error of the whole {error:.2g}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["packed", "heads first", "every second", "cache", "unaligned"])
+def test_attention_of_views(op, layout, dtype):
+    B, T, S, H, D = 2, 70, 90, 2, 64
+    q, k, v = (random(B, n, H, D, dtype=dtype, seed=i) for i, n in enumerate([T, S, S]))
+    if layout == "packed":
+        q, k, v = random(B, T, 3 * H * D, dtype=dtype).view(B, T, 3, H, D).unbind(2)
+    elif layout == "heads first":
+        q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
+    elif layout == "every second":
+        q, k, v = (random(B, n, H, 2 * D, dtype=dtype, seed=i)[..., ::2] for i, n in enumerate([T, S, S]))
+    elif layout == "cache":
+        k, v = (random(B, S + 17, H, D, dtype=dtype, seed=i)[:, :S] for i in (1, 2))
+    else:
+        q, k, v = (random(B, n, H, D + 1, dtype=dtype, seed=i)[..., 1:] for i, n in enumerate([T, S, S]))
+    grad = random(B, q.shape[1], H, D, dtype=dtype, seed=7)
+    for scale in (None, -0.3):
+        compare_attention(op, q, k, v, grad, 0.1, scale)
+    compare_attention(op, q, k, v, random(1, 1, 1, 1, dtype=dtype).expand(q.shape))  # what sum() hands to backward
+
+
+def test_attention_of_nothing(op):
+    for B, T, S, H in [(0, 4, 4, 2), (2, 0, 0, 2), (2, 4, 9, 0), (2, 0, 5, 2)]:
+        q, k, v = (random(B, n, H, 16, dtype=torch.bfloat16) for n in (T, S, S))
+        out, lse = op.causal_attention_forward(q, k, v, 0.25, 0.0, None)
+        grads = op.causal_attention_backward(out, q, k, v, out, lse, 0.25, 0.0, None)
+        assert out.shape == q.shape
+        assert torch.equal(grads[1], torch.zeros_like(k))
+        assert torch.equal(grads[2], torch.zeros_like(v))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_decoding_equals_one_pass(op, dtype):
+    q, k, v = (random(1, 330, 2, 64, dtype=dtype, seed=i) for i in range(3))
+    whole, _ = op.causal_attention_forward(q, k, v, 0.125, 0.0, None)
+    for begin, end in [(0, 70), (70, 71), (71, 73), (200, 201), (201, 264), (329, 330)]:
+        out, _ = op.causal_attention_forward(q[:, begin:end], k[:, :end], v[:, :end], 0.125, 0.0, None)
+        assert_close(out, whole[:, begin:end], dtype, f"queries {begin} to {end}")
+
+
+def test_attention_of_large_scores(op):
+    for dtype in DTYPES:
+        q, k, v = (40 * random(1, 100, 2, 64, dtype=dtype, seed=i) for i in range(3))
+        out, lse = op.causal_attention_forward(q, k, v, 1.0, 0.0, None)
+        grads = op.causal_attention_backward(torch.ones_like(out), q, k, v, out, lse, 1.0, 0.0, None)
+        assert all(torch.isfinite(t).all() for t in (out, lse, *grads))
+        exact, _ = explicit(q.double(), k.double(), v.double(), 1.0)
+        assert ((out.double() - exact).abs() < 0.02 * exact.abs().max()).double().mean() > 0.99
+
+
+def test_same_bits_under_every_order(library):
+    x, grad, weight = (random(*s, dtype=torch.float32, seed=i) for i, s in enumerate([(37, 96), (37, 96), (96,)]))
+    results = []
+    for seed in range(4):
+        library.emulation_set_seed(ctypes.c_uint64(seed))
+        y, mean, rstd = torch.ops.pygpt_emulated.layer_norm_forward(x, weight, weight, 1e-5)
+        grads = torch.ops.pygpt_emulated.layer_norm_backward(grad, x, weight, mean, rstd, True)
+        results.append(torch.cat([y.flatten(), mean, rstd, *(g.flatten() for g in grads)]))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_bad_shapes_are_errors_that_name_the_operator(op):
+    with pytest.raises(RuntimeError, match=r"layer_norm_forward: weight must be \(C,\)"):
+        op.layer_norm_forward(torch.ones(2, 8), torch.ones(7), None, 1e-5)
+    with pytest.raises(RuntimeError, match="must be float32, bfloat16 or float16"):
+        op.layer_norm_forward(torch.ones(2, 8).double(), torch.ones(8), None, 1e-5)

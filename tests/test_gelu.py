@@ -1,0 +1,65 @@
+"""gelu against F.gelu(approximate="tanh") in float64, under every instruction set of the machine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from common import assert_close, double, leaf
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pygpt import ops
+from pygpt.ops import backends
+from pygpt.ops.gelu import gelu_reference
+
+DTYPES = [torch.float32, torch.bfloat16]
+needs_extension = pytest.mark.skipif(backends.extension is None, reason="pygpt._C is not built")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 5, 7), (16,), (2, 17), (300, 401)], ids=str)
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 30.0])
+def test_matches_float64(capability, shape, dtype, scale):
+    x = leaf(*shape, dtype=dtype, scale=scale)
+    reference = double(x)
+    y, expected = ops.gelu(x), gelu_reference(reference)
+    cotangent = leaf(*shape, dtype=dtype, seed=1).detach()
+    y.backward(cotangent)
+    expected.backward(cotangent.double())
+    assert y.dtype == dtype
+    assert_close(y, expected, dtype, "y", floor=scale)
+    assert_close(x.grad, reference.grad, dtype, "grad")
+
+
+@needs_extension
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.integers(0, 9), columns=st.integers(1, 40), step=st.integers(1, 3), dtype=st.sampled_from(DTYPES))
+def test_strided_views(capability, rows, columns, step, dtype):
+    x = leaf(rows, columns * step, dtype=dtype)[:, ::step]
+    assert_close(ops.gelu(x), gelu_reference(x.double()), dtype)
+    assert_close(ops.gelu(x.t()), gelu_reference(x.t().double()), dtype)
+
+
+def test_extremes(capability):
+    x = torch.tensor([-1e9, -50.0, -10.0, -0.0, 0.0, 10.0, 50.0, 1e9], requires_grad=True)
+    y = ops.gelu(x)
+    y.sum().backward()
+    assert_close(y, torch.tensor([0, 0, 0, 0, 0, 10, 50, 1e9], dtype=torch.float64))
+    assert_close(x.grad, torch.tensor([0, 0, 0, 0.5, 0.5, 1, 1, 1], dtype=torch.float64))
+    assert torch.isnan(ops.gelu(torch.tensor([float("nan")] * 17))).all()
+
+
+@needs_extension
+def test_opcheck_gradcheck_and_compile():
+    x = leaf(4, 9)
+    torch.library.opcheck(torch.ops.pygpt.gelu_forward.default, (x,))
+    torch.library.opcheck(torch.ops.pygpt.gelu_backward.default, (x.detach(), x.detach()))
+    assert torch.autograd.gradcheck(gelu_reference, (leaf(3, 4, dtype=torch.float64),))
+    compiled = torch.compile(lambda t: ops.gelu(t) * 2, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x), 2 * F.gelu(x.double(), approximate="tanh"))
+
+
+def test_bad_input():
+    with pytest.raises(TypeError, match="floating-point"):
+        ops.gelu(torch.ones(3, dtype=torch.long))

@@ -1,0 +1,509 @@
+"""The training loop, its checkpoints and what it writes, on a tiny model and real steps."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from pygpt import GPT, GPTConfig
+from pygpt.data import RandomOffsets
+from pygpt.errors import InputError, MissingFileError
+from pygpt.train import TrainConfig, Trainer, resolve_checkpoint
+from pygpt.train.checkpoint import checkpoints
+from pygpt.train.metrics import read_metrics
+from pygpt.train.trainer import DivergedError, resolve_device
+
+LINUX = sys.platform == "linux"
+VOCABULARY, BLOCK, BATCH = 17, 16, 4
+SETTINGS = TrainConfig(
+    steps=20, learning_rate=1e-2, warmup=4, log_every=1, eval_every=5, checkpoint_every=5, device="cpu", keep=2
+)
+# A text with something to learn: every token is followed by the next one, modulo the vocabulary, nine times of ten.
+JUMPS = torch.rand(4096, generator=torch.Generator().manual_seed(0)) < 0.1
+TOKENS = (torch.arange(4096) + 5 * JUMPS.cumsum(0)) % VOCABULARY
+
+
+@pytest.fixture
+def flushed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was flushed to disk and renamed, in this order."""
+    events: list[str] = []
+    flush, rename = os.fsync, os.replace
+
+    def fsync(descriptor: int) -> None:
+        events.append(f"flush {os.path.relpath(os.readlink(f'/proc/self/fd/{descriptor}'))}" if LINUX else "flush")
+        flush(descriptor)
+
+    def replace(source: str | Path, target: str | Path) -> None:
+        events.append(f"rename {os.path.relpath(target)}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    return events
+
+
+def make_model(dropout: float = 0.0, seed: int = 0) -> GPT:
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=BLOCK, vocab_size=VOCABULARY, dropout=dropout))
+
+
+batch = RandomOffsets(TOKENS, BLOCK, BATCH, seed=3).batch
+
+
+def validation(model: GPT) -> float:
+    torch.rand(7)  # an evaluation may draw random numbers; training must not notice
+    x, y = RandomOffsets(TOKENS, BLOCK, BATCH, seed=4).batch(0)
+    return model(x, y)[1].item()
+
+
+def make_trainer(run: Path, config: TrainConfig = SETTINGS, model: GPT | None = None, **options: Any) -> Trainer:
+    options = {"batch": batch, "evaluate": validation, "console": Console(file=io.StringIO(), width=200)} | options
+    return Trainer(model or make_model(), options.pop("batch"), config, run, **options)
+
+
+def printed(trainer: Trainer) -> str:
+    return trainer.console.file.getvalue()
+
+
+def interrupt_after(step: int, number: int = signal.SIGINT) -> Callable[[int], tuple[Tensor, ...]]:
+    """A batch function that also sends this process a signal while the given step is being made ready."""
+
+    def signalling(index: int) -> tuple[Tensor, ...]:
+        if index == step - 1:
+            os.kill(os.getpid(), number)
+        return batch(index)
+
+    return signalling
+
+
+def resumed(run: Path, config: TrainConfig = SETTINGS, **options: Any) -> Trainer:
+    """A new trainer that stands where the run's latest checkpoint does."""
+    folder = resolve_checkpoint(run)
+    trainer = make_trainer(run, config, GPT.from_pretrained(folder), **options)
+    trainer.resume(folder)
+    return trainer
+
+
+def rows(run: Path) -> list[dict[str, float]]:
+    """The run's metrics but for what the clock decides."""
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "mfu")} for row in read_metrics(run)]
+
+
+def assert_same_state(one: Trainer, other: Trainer) -> None:
+    for (name, x), y in zip(one.model.named_parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(x, y), name
+        a, b = one.optimizer.state[x], other.optimizer.state[y]
+        assert a.keys() == b.keys()
+        for key in a:
+            assert torch.equal(a[key], b[key]), f"{name} {key}"
+
+
+def test_the_loop_is_the_one_written_out_by_hand(tmp_path):
+    """Ten steps against torch's optimizer, clipping and a literal schedule."""
+    config = replace(SETTINGS, steps=10, grad_clip=1.3)
+    trainer = make_trainer(tmp_path, config)
+    trainer.train()
+
+    model = make_model()
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), foreach=False)
+    losses, norms, rates = [], [], []
+    for step in range(10):
+        rate = (
+            1e-2 * (step + 1) / 5 if step < 4 else 1e-4 + (1e-2 - 1e-4) * (1 + math.cos(math.pi * (step - 4) / 6)) / 2
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = model(*batch(step))[1]
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.3).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        rates.append(rate)
+    steps = [row for row in read_metrics(tmp_path) if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 11))
+    assert [row["loss"] for row in steps] == pytest.approx(losses, rel=1e-4)
+    assert [row["grad_norm"] for row in steps] == pytest.approx(norms, rel=1e-3)
+    assert [row["lr"] for row in steps] == pytest.approx(rates)
+    assert max(norms) > 1.3 > min(norms)  # some steps were clipped, some were not
+    for x, y in zip(trainer.model.parameters(), model.parameters(), strict=True):
+        assert torch.allclose(x, y, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_learns(tmp_path, dtype):
+    """The text's entropy is 0.33 nats per token; a model that learned nothing is at ln 17 = 2.83."""
+    trainer = make_trainer(tmp_path, replace(SETTINGS, steps=150, log_every=10, eval_every=0, dtype=dtype))
+    trainer.train()
+    assert next(trainer.model.parameters()).dtype == getattr(torch, dtype)
+    assert read_metrics(tmp_path)[0]["val_loss"] > 2.7
+    assert 0.3 < read_metrics(tmp_path)[-1]["val_loss"] < 0.6
+
+
+def test_accumulated_batches_are_one_large_batch(tmp_path):
+    """With a different number of ignored targets in each, one of them having no other."""
+
+    def micro(index: int) -> tuple[Tensor, Tensor]:
+        x, y = batch(index)
+        y[: index % 4 + 1, index % 3 :] = -1
+        return x, y
+
+    def large(index: int) -> tuple[Tensor, Tensor]:
+        parts = [micro(4 * index + i) for i in range(4)]
+        return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+
+    assert (micro(3)[1] < 0).all()
+    one = make_trainer(tmp_path / "one", replace(SETTINGS, steps=5), batch=large)
+    four = make_trainer(tmp_path / "four", replace(SETTINGS, steps=5, accumulate=4), batch=micro)
+    one.train()
+    four.train()
+    for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "four"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    for x, y in zip(one.model.parameters(), four.model.parameters(), strict=True):
+        assert torch.allclose(x, y, rtol=1e-3, atol=1e-4)
+
+
+def test_a_step_without_targets_is_an_error(tmp_path):
+    trainer = make_trainer(tmp_path, batch=lambda index: (batch(index)[0], torch.full((BATCH, BLOCK), -1)))
+    with pytest.raises(InputError, match="step 0 has a target"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_20_steps_are_10_and_10_more_to_the_last_bit(tmp_path, dtype):
+    """With dropout, accumulation, evaluations that draw random numbers, and samples."""
+    config = replace(SETTINGS, dtype=dtype, accumulate=2, sample_every=4)
+
+    def options() -> dict[str, Any]:
+        return {"sample": lambda model: str(torch.rand(3))}
+
+    straight = make_trainer(tmp_path / "straight", config, make_model(0.2), **options())
+    straight.train()
+    first = make_trainer(tmp_path / "two", config, make_model(0.2), batch=interrupt_after(20), **options())
+    first.train()
+    assert first.step == 10
+    assert "--resume" in printed(first)
+    torch.manual_seed(99)
+    second = resumed(tmp_path / "two", config, **options())
+    assert second.step == 10
+    second.train()
+    assert_same_state(straight, second)
+    assert rows(tmp_path / "straight") == rows(tmp_path / "two")
+    weights = [resolve_checkpoint(tmp_path / name) / "model.safetensors" for name in ("straight", "two")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_dropout_differs_from_step_to_step(tmp_path):
+    """What the test before would not notice: dropout that always drops the same."""
+    model, same = make_model(0.5), batch(0)
+    make_trainer(
+        tmp_path, replace(SETTINGS, learning_rate=0.0, weight_decay=0.0, steps=5), model, batch=lambda _: same
+    ).train()
+    losses = [row["loss"] for row in rows(tmp_path) if "loss" in row]
+    assert len(set(losses)) == 5
+
+
+def test_a_crash_leaves_no_duplicate_metrics(tmp_path):
+    make_trainer(tmp_path / "straight").train()
+    run = tmp_path / "crashed"
+
+    def crash(index: int) -> tuple[Tensor, ...]:
+        if index == 13:
+            raise RuntimeError("power cut")
+        return batch(index)
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        make_trainer(run, batch=crash).train()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 14, "lo')
+    assert max(row["step"] for row in read_metrics(run)) == 13
+    (run / "checkpoints" / ".tmp-step_00000015").mkdir()
+    trainer = resumed(run)
+    assert trainer.step == 10
+    trainer.train()
+    assert rows(run) == rows(tmp_path / "straight")
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["best", "step_00000015", "step_00000020"]
+
+
+def test_sigterm_saves_too(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    trainer = make_trainer(tmp_path, batch=interrupt_after(3, signal.SIGTERM))
+    trainer.train()
+    assert trainer.step == 3
+    assert resolve_checkpoint(tmp_path).name == "step_00000003"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_during_an_evaluation_is_not_lost(tmp_path):
+    def evaluate(model: GPT) -> float:
+        if trainer.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return 1.0
+
+    trainer = make_trainer(tmp_path, replace(SETTINGS, checkpoint_every=0), evaluate=evaluate)
+    trainer.train()
+    assert trainer.step == 6
+    assert resolve_checkpoint(tmp_path).name == "step_00000006"
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    def impatient(index: int) -> tuple[Tensor, ...]:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return batch(index)
+
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path, batch=impatient).train()
+    assert checkpoints(tmp_path) == []
+
+
+def test_an_interrupt_before_the_first_step_saves_nothing(tmp_path):
+    def evaluate(model: GPT) -> float:
+        os.kill(os.getpid(), signal.SIGINT)
+        return 1.0
+
+    trainer = make_trainer(tmp_path, evaluate=evaluate)
+    trainer.train()
+    assert trainer.step == 0
+    assert checkpoints(tmp_path) == []
+    make_trainer(tmp_path, replace(SETTINGS, steps=1)).train()  # and nothing is in the way of starting again
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("log_every", [1, 7])
+def test_divergence_keeps_the_last_good_checkpoint(tmp_path, what, log_every):
+    """A loss, or a gradient of a finite loss, that is not finite at step 10, where a checkpoint is due."""
+
+    def loss_fn(model: Any, tensors: tuple[Tensor, ...]) -> Tensor:
+        loss = model(*tensors)[1]
+        if trainer.step == 9:
+            loss = loss * math.inf if what == "loss" else loss + (0 * loss).sqrt()
+        return loss
+
+    trainer = make_trainer(tmp_path, replace(SETTINGS, log_every=log_every), loss_fn=loss_fn)
+    with pytest.raises(DivergedError, match=r"at step 10 .*step_00000005"):
+        trainer.train()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000005"]
+    weights = GPT.from_pretrained(resolve_checkpoint(tmp_path)).parameters()
+    assert all(weight.isfinite().all() for weight in weights)
+
+
+def test_divergence_is_noticed_before_an_interrupt_saves(tmp_path):
+    """Steps whose losses have not been looked at yet must not become a checkpoint."""
+
+    def loss_fn(model: Any, tensors: tuple[Tensor, ...]) -> Tensor:
+        return model(*tensors)[1] * (math.nan if trainer.step == 6 else 1.0)
+
+    config = replace(SETTINGS, log_every=100)
+    trainer = make_trainer(tmp_path, config, loss_fn=loss_fn, batch=interrupt_after(9))
+    with pytest.raises(DivergedError, match="at step 7 the loss is nan"):
+        trainer.train()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000005"]
+
+
+def test_the_best_model_is_kept_apart(tmp_path):
+    losses = iter([9.0, 3.0, 2.0, 2.5, math.nan])  # before the first step, then after 5, 10, 15 and 20
+    weights = {}
+
+    def evaluate(model: GPT) -> float:
+        loss = next(losses)
+        weights[loss] = model.transformer.wte.weight.clone()
+        return loss
+
+    make_trainer(tmp_path, evaluate=evaluate).train()
+    best = GPT.from_pretrained(tmp_path / "checkpoints" / "best")
+    assert torch.equal(best.transformer.wte.weight, weights[2.0])
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000015", "step_00000020"]  # keep=2
+    # A resumed run knows what the best was.
+    losses = iter([2.2, 2.1, 2.05, 2.01])
+    resumed(tmp_path, replace(SETTINGS, steps=30), evaluate=evaluate).train()
+    best = GPT.from_pretrained(tmp_path / "checkpoints" / "best")
+    assert torch.equal(best.transformer.wte.weight, weights[2.0])
+
+
+def test_a_crash_between_the_renames_loses_no_best_model(tmp_path):
+    make_trainer(tmp_path).train()
+    folder = tmp_path / "checkpoints"
+    (folder / "best").rename(folder / ".old-best")
+    resumed(tmp_path, replace(SETTINGS, steps=21, eval_every=1000), evaluate=lambda model: 1e9).train()
+    GPT.from_pretrained(folder / "best")
+    assert not list(folder.glob(".*"))
+
+
+def test_a_run_is_never_overwritten(tmp_path):
+    make_trainer(tmp_path).train()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="earlier run"):
+        make_trainer(tmp_path).train()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    with pytest.raises(InputError, match="already at step 20 of 20"):
+        resumed(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "training.json", "config.json"])
+def test_damaged_and_missing_files_are_named(tmp_path, name):
+    make_trainer(tmp_path, replace(SETTINGS, steps=1)).train()
+    file = resolve_checkpoint(tmp_path) / name
+    content = file.read_bytes()
+    for damaged in (content[: len(content) // 2], b""):
+        file.write_bytes(damaged)
+        with pytest.raises(InputError, match=name):
+            resumed(tmp_path)
+    file.unlink()
+    with pytest.raises(MissingFileError, match=name):
+        resumed(tmp_path)
+
+
+def test_what_resolves_to_a_checkpoint(tmp_path):
+    run = tmp_path / "run"
+    make_trainer(run, replace(SETTINGS, keep=3)).train()
+    latest = run / "checkpoints" / "step_00000020"
+    assert resolve_checkpoint(run) == resolve_checkpoint(str(latest)) == latest
+    (run / "checkpoints" / "step_00000099.bak").mkdir()
+    (run / "checkpoints" / ".tmp-step_00000030").mkdir()
+    shutil.copytree(latest, run / "checkpoints" / "step_123456789")  # more digits than usual is later, not earlier
+    assert resolve_checkpoint(run).name == "step_123456789"
+    with pytest.raises(MissingFileError, match="nowhere"):
+        resolve_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(MissingFileError, match="neither"):
+        resolve_checkpoint(tmp_path)
+
+
+@pytest.mark.skipif(not LINUX, reason="names of open files come from /proc")
+def test_a_checkpoint_is_on_disk_before_it_has_its_name(tmp_path, flushed, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_trainer(Path("run"), replace(SETTINGS, steps=1), evaluate=None).train()
+    rename = flushed.index("rename run/checkpoints/step_00000001")
+    names = ["config.json", "model.safetensors", "training.json", "training.safetensors"]
+    temporary = "flush run/checkpoints/.tmp-step_00000001"
+    assert sorted(flushed[rename - 5 : rename]) == [temporary, *(f"{temporary}/{name}" for name in names)]
+    assert flushed[rename + 1] == "flush run/checkpoints"
+
+
+def test_a_failed_write_leaves_the_checkpoints_as_they_were(tmp_path):
+    trainer = make_trainer(tmp_path, replace(SETTINGS, steps=5))
+    trainer.train()
+
+    class FullDisk:
+        def save(self, folder: Path) -> None:
+            raise OSError("no space left on device")
+
+    trainer.tokenizer = FullDisk()
+    before = (resolve_checkpoint(tmp_path) / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        trainer.model.transformer.wte.weight.zero_()
+    with pytest.raises(OSError, match="no space"):
+        trainer.save()
+    assert (resolve_checkpoint(tmp_path) / "model.safetensors").read_bytes() == before
+    assert len(checkpoints(tmp_path)) == 1
+
+
+def test_tensorboard_and_the_plot_show_the_metrics(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    pytest.importorskip("matplotlib")
+    from PIL import Image
+
+    make_trainer(tmp_path).train()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    for name in ("loss", "val_loss", "lr", "grad_norm"):
+        expected = {row["step"]: row[name] for row in rows(tmp_path) if name in row}
+        assert {event.step: event.value for event in events.Scalars(name)} == pytest.approx(expected, rel=1e-6)
+    with Image.open(tmp_path / "loss.png") as image:
+        image.load()
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 10  # lines, not a blank page
+
+
+def test_without_tensorboard_and_matplotlib(tmp_path, monkeypatch):
+    for name in (
+        "tensorboard",
+        "torch.utils.tensorboard",
+        "matplotlib",
+        "matplotlib.figure",
+        "matplotlib.backends.backend_agg",
+    ):
+        monkeypatch.setitem(sys.modules, name, None)
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    assert printed(trainer).count("TensorBoard is not installed") == 1
+    assert printed(trainer).count("matplotlib is not installed") == 1
+    assert "pygpt-kernels[train]" in printed(trainer)
+    assert not (tmp_path / "loss.png").exists()
+    assert len(rows(tmp_path)) == 25
+
+
+def test_mfu(tmp_path):
+    """Shown where the device's peak is known or given: FLOPs per token from the formula, by hand."""
+    make_trainer(tmp_path / "unknown", replace(SETTINGS, steps=1)).train()
+    assert "mfu" not in read_metrics(tmp_path / "unknown")[-1]
+    config = replace(SETTINGS, steps=1, peak_tflops=0.5)
+    trainer = make_trainer(tmp_path / "given", config, evaluate=None)
+    trainer.train()
+    row = read_metrics(tmp_path / "given")[-1]
+    parameters = sum(p.numel() for p in trainer.model.parameters()) - BLOCK * 16  # positions are only looked up
+    flops = 6 * parameters + 12 * 2 * 16 * BLOCK
+    assert row["mfu"] == pytest.approx(row["tokens_per_second"] * flops / 0.5e12)
+    assert "MFU" in printed(trainer)
+
+
+def test_samples_are_shown_as_they_are(tmp_path):
+    trainer = make_trainer(tmp_path, replace(SETTINGS, sample_every=10), sample=lambda model: "x = [bold] # \U0001f600")
+    trainer.train()
+    assert printed(trainer).count("x = [bold] # \U0001f600") == 2
+    assert trainer.model.training
+
+
+def test_compiled_training_gives_the_same_losses(tmp_path, monkeypatch):
+    """Traced with its backward, as compile=True does, but without generating code, which takes most of a minute."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    config = replace(SETTINGS, steps=3)
+    sizes = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=BLOCK, vocab_size=VOCABULARY)
+    for name in ("eager", "compiled"):
+        torch.manual_seed(0)
+        make_trainer(tmp_path / name, replace(config, compile=name == "compiled"), GPT(sizes), evaluate=None).train()
+    for a, b in zip(rows(tmp_path / "eager"), rows(tmp_path / "compiled"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_settings_out_of_range():
+    bad = [
+        {"steps": 0}, {"steps": -3}, {"accumulate": 0}, {"log_every": 0}, {"keep": 0}, {"learning_rate": -1.0},
+        {"learning_rate": math.nan}, {"warmup": -1}, {"grad_clip": -1.0}, {"dtype": "float16"}, {"eval_every": -1},
+        {"sample_every": -1}, {"checkpoint_every": -1}, {"betas": (0.9, 1.0)}, {"peak_tflops": 0.0}, {"seed": -1},
+    ]  # fmt: skip
+    for setting in bad:
+        with pytest.raises(InputError, match=next(iter(setting))):
+            TrainConfig(**setting)
+
+
+def test_devices():
+    assert resolve_device("cpu").type == "cpu"
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("gpu", "cuda:99"):
+        with pytest.raises(InputError, match=name):
+            resolve_device(name)
+
+
+def test_metrics_are_json_lines(tmp_path):
+    make_trainer(tmp_path, replace(SETTINGS, steps=2)).train()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 2]
