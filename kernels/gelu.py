@@ -110,3 +110,13 @@ def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Te
         grad, x, bias, grad_x, partial, rows, C, ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps, **FUSED
     )
     return grad_x, x.new_empty(0) if bias is None else sum_partials(partial, bias.dtype)[0]
+
+
+def gelu_forward(x: Tensor) -> Tensor:
+    """x (..., C) -> gelu(x)."""
+    return bias_gelu_forward(x, None)
+
+
+def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """-> the gradient of x."""
+    return bias_gelu_backward(grad, x, None)[0]

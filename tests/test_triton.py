@@ -305,7 +305,13 @@ def triton_answers():
 def test_operators_through_the_dispatcher(triton_answers, monkeypatch):
     """Schemas, autograd formulas and aliasing fit: a small block through the public ops, against float64."""
     calls = []
-    for module, name in ((kln, "_forward"), (kln, "_backward"), (katt, "_strides"), (kemb, "_pieces_kernel")):
+    for module, name in (
+        (kln, "_forward"),
+        (kln, "_backward"),
+        (katt, "_strides"),
+        (kemb, "_pieces_kernel"),
+        (kgelu, "config"),
+    ):
         monkeypatch.setattr(module, name, _Recorder(getattr(module, name), name, calls))
 
     def block(idx, wte, wpe, weight, bias, project, o):
@@ -313,7 +319,7 @@ def test_operators_through_the_dispatcher(triton_answers, monkeypatch):
         y = o.layer_norm(x, weight, bias)
         q, k, v = (y @ project).unflatten(2, (3, 2, 8)).unbind(2)
         y, x = o.add_layer_norm(o.causal_attention(q, k, v).flatten(2), x, weight, bias)
-        return (x * y).sum()
+        return (o.gelu(x) * y).sum()
 
     inputs = [draw(11, 16), draw(9, 16, seed=1), draw(16, seed=2), draw(16, seed=3), draw(16, 48, seed=4, scale=0.3)]
     idx = torch.tensor([[1, 2, 3, 1, 10], [0, 0, 0, 0, 5]], device=DEVICE)
@@ -321,7 +327,7 @@ def test_operators_through_the_dispatcher(triton_answers, monkeypatch):
     expected = [t.clone().double().requires_grad_() for t in inputs]
     result = block(idx, *leaves, ops)
     result.backward()
-    assert set(calls) == {"_forward", "_backward", "_strides", "_pieces_kernel"}
+    assert set(calls) == {"_forward", "_backward", "_strides", "_pieces_kernel", "config"}
     with backends.use_backend("eager"):
         reference_result = block(idx, *expected, ops)
         reference_result.backward()
@@ -354,8 +360,8 @@ def test_serve_registers_for_cuda_and_lets_go():
         return {torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA") for name in names}
 
     before = answered()
-    for replace in (True, False, False):
-        kernels.serve(replace)
+    for take in (backends.TRITON_OPS, (), {"layer_norm"}):
+        kernels.serve(take)
         assert answered() == {True}
     if DEVICE == "cpu":
         kernels._library = None
