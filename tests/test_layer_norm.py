@@ -121,6 +121,30 @@ def test_opcheck():
         )
 
 
+@needs_extension
+def test_operator_has_the_same_gradients_without_the_seam():
+    inputs = [leaf(5, 12), leaf(5, 12, seed=1), leaf(12, seed=2), leaf(12, seed=3)]
+    y, total = torch.ops.pygpt.add_layer_norm_forward(*inputs, 1e-5)[:2]
+    seam_y, seam_total = ops.add_layer_norm(*inputs)
+    direct = torch.autograd.grad((y * total).sum(), inputs)
+    for a, b in zip(direct, torch.autograd.grad((seam_y * seam_total).sum(), inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_extension
+def test_bad_input_to_the_operator():
+    x, weight, stats = torch.randn(3, 8), torch.ones(8), torch.ones(3)
+    op = torch.ops.pygpt
+    with pytest.raises(RuntimeError, match="bias must be"):
+        op.layer_norm_forward(x, weight, torch.ones(7), 1e-5)
+    with pytest.raises(RuntimeError, match="float32 or bfloat16"):
+        op.layer_norm_forward(x, weight.half(), None, 1e-5)
+    with pytest.raises(RuntimeError, match="mean and rstd must be"):
+        op.layer_norm_backward(x, x, weight, torch.ones(2), stats, True)
+    with pytest.raises(RuntimeError, match="must have its dtype"):
+        op.add_layer_norm_backward(x, x[:2], x, weight, stats, stats, True)
+
+
 def test_gradcheck_of_the_reference():
     x, residual, weight, bias = (
         leaf(*s, dtype=torch.float64, seed=i) for i, s in enumerate([(3, 5), (3, 5), (5,), (5,)])
