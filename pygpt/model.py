@@ -94,8 +94,13 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         self.ln_f = LayerNorm(config.n_embd, bias=config.bias)
 
-    def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """idx (B, T) int64 -> (B, T, C). With a cache, idx continues what the cache holds."""
+    def forward(self, idx: Tensor, cache: KVCache | None = None, document_start: Tensor | None = None) -> Tensor:
+        """idx (B, T) int64 -> (B, T, C). With a cache, idx continues what the cache holds.
+
+        document_start: int32 (B, T), the index in its row, cached tokens included, at which the document of each token
+        begins. Positions count from there, and tokens before it are not seen. It separates documents packed in a row,
+        and a prompt from the padding before it.
+        """
         past, block_size = 0 if cache is None else cache.length, self.wpe.num_embeddings
         if idx.dim() != 2:
             raise InputError(f"token ids must be (B, T), got {tuple(idx.shape)}")
@@ -106,13 +111,26 @@ class Transformer(nn.Module):
                 f"a sequence of {past + idx.shape[1]} tokens is longer than block_size ({block_size}); "
                 f"shorten it, or use a model with a larger block_size"
             )
-        x, residual = self.drop(self.wte(idx, self.wpe, past)), None  # (B, T, C)
+        if document_start is None:
+            x = self.wte(idx, self.wpe, past)  # (B, T, C)
+        else:
+            x = self.wte(idx) + self.wpe(self._positions(idx, past, document_start))
+        x, residual = self.drop(x), None
         for block in self.h:
-            x, residual = block(x, residual, cache)
+            x, residual = block(x, residual, cache, document_start)
         x, _ = self.ln_f(x, residual)
         if cache is not None:
             cache.length += idx.shape[1]
         return x
+
+    @staticmethod
+    def _positions(idx: Tensor, past: int, document_start: Tensor) -> Tensor:
+        """Position of each token in its document, (B, T)."""
+        if document_start.shape != idx.shape:
+            raise InputError(
+                f"document_start {tuple(document_start.shape)} must have the shape of the token ids {tuple(idx.shape)}"
+            )
+        return torch.arange(past, past + idx.shape[1], device=idx.device) - document_start
 
 
 class GPT(nn.Module):
@@ -138,15 +156,21 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, return_logits: bool = False
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        return_logits: bool = False,
+        document_start: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Logits, or the loss, of token ids.
 
         idx: (B, T) int64. targets: (B, T) int64, the token that follows each; negative ones are ignored. Returns
         (logits (B, T, vocab), None) without targets, (None, loss) with them, and both with return_logits=True. loss is
-        the mean cross-entropy in nats. Raises InputError for a sequence longer than block_size or an unknown token id.
+        the mean cross-entropy in nats. document_start: int32 (B, T), where in its row each token's document begins, for
+        documents packed in one row (see `Transformer.forward`). Raises InputError for a sequence longer than block_size
+        or an unknown token id.
         """
-        x = self.transformer(idx)
+        x = self.transformer(idx, document_start=document_start)
         if targets is None:
             return self.lm_head(x), None
         if targets.shape != idx.shape:

@@ -74,12 +74,13 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None = None, document_start: Tensor | None = None) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # (B, T, H, D) each
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, S, H, D)
-        y = ops.causal_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)  # (B, T, H, D)
+        dropout_p = self.dropout if self.training else 0.0
+        y = ops.causal_attention(q, k, v, dropout_p=dropout_p, document_start=document_start)  # (B, T, H, D)
         return F.dropout(self.c_proj(y.reshape(B, T, C)), self.dropout, self.training)
 
 
@@ -106,9 +107,15 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, residual: Tensor | None, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        cache: KVCache | None = None,
+        document_start: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """x: output of the layer before, not yet added to `residual` (None at the start) -> the same pair, one block on."""
         x, residual = self.ln_1(x, residual)
-        x = self.attn(x, cache)
+        x = self.attn(x, cache, document_start)
         x, residual = self.ln_2(x, residual)
         return self.mlp(x), residual

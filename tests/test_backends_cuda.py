@@ -43,7 +43,8 @@ def test_the_variable_is_an_error_where_cuda_cannot_run():
     if not CUDA.problem:
         pytest.skip("the CUDA kernels run here")
     environment = {**os.environ, "PYGPT_BACKEND": "cuda"}
-    run = subprocess.run([sys.executable, "-c", "import pygpt"], env=environment, capture_output=True, text=True)
+    code = "import pygpt; pygpt.backends()"
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert run.returncode != 0
     assert "backend 'cuda' is not available" in run.stderr
 

@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter compute bfloat16 as a GPU does; importing this module is enough.
+"""Makes Triton's interpreter compute bfloat16 as a GPU does, and 3.6's run on NumPy 2.4; importing this is enough.
 
 The interpreter (3.6 and 3.9) keeps bfloat16 as bit patterns; it multiplies those as integers in `tl.dot`, and it cuts
 where hardware rounds to nearest even when converting from float32.
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import triton.language as tl
+import triton.runtime.interpreter as interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 _create_dot = InterpreterBuilder.create_dot
@@ -42,3 +43,14 @@ def _cast(self: InterpreterBuilder, x: TensorHandle, to: Any) -> TensorHandle:
 
 InterpreterBuilder.create_dot = _dot
 InterpreterBuilder.cast_impl = _cast
+
+_patch_lang_tensor = interpreter._patch_lang_tensor
+
+
+def _patch(tensor: Any, scope: Any) -> None:
+    # A tensor of one element as a loop bound: NumPy 2.4 no longer makes an int of it unless it has no dimensions.
+    _patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+
+interpreter._patch_lang_tensor = _patch

@@ -48,7 +48,8 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, double dropout_p, 
               ": dropout needs a seed, int64 of shape (1,)");
 }
 
-AttentionShape shape_of(const Tensor& q, const Tensor& k, double scale, double dropout_p, const std::optional<Tensor>& seed) {
+AttentionShape shape_of(const Tensor& q, const Tensor& k, double scale, double dropout_p,
+                        const std::optional<Tensor>& seed) {
   AttentionShape shape{q.size(0), q.size(1), q.size(2), k.size(1), q.size(3), static_cast<float>(scale), {}};
   if (dropout_p > 0) {
     const uint64_t key = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
@@ -115,7 +116,8 @@ std::tuple<Tensor, Tensor> causal_attention_forward(Tensor q, Tensor k, Tensor v
 // Whole heads in parallel, five products per tile; or, where that would leave threads idle, blocks of keys and then
 // blocks of queries, seven products per tile. The bits are the same: see attention_backward_kernel.h.
 template <class T>
-void backward(const AttentionShape& shape, const BackwardInputs<T>& in, const BackwardOutputs<T>& out, const Tensor& like) {
+void backward(const AttentionShape& shape, const BackwardInputs<T>& in, const BackwardOutputs<T>& out,
+              const Tensor& like) {
   const int64_t heads = shape.B * shape.H, q_blocks = shape.query_blocks(), k_blocks = shape.key_blocks();
   const int64_t size = shape.backward_workspace();
   const int64_t threads = threads_for(10.0 * heads * shape.T * (shape.S - shape.T / 2) * shape.D);
@@ -150,12 +152,14 @@ void backward(const AttentionShape& shape, const BackwardInputs<T>& in, const Ba
             });
   in_blocks(q_blocks, [&](int64_t block) { return shape.key_blocks_seen(block); },
             [&](float* space, int64_t head, Range range) {
-              kernel(shape, in, {out.q, nullptr, nullptr}, space, head, {0, shape.key_blocks_seen(range.end - 1)}, range);
+              const Range keys{0, shape.key_blocks_seen(range.end - 1)};
+              kernel(shape, in, {out.q, nullptr, nullptr}, space, head, keys, range);
             });
 }
 
-std::tuple<Tensor, Tensor, Tensor> causal_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
-                                                             double scale, double dropout_p, std::optional<Tensor> seed) {
+std::tuple<Tensor, Tensor, Tensor> causal_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out,
+                                                             Tensor lse, double scale, double dropout_p,
+                                                             std::optional<Tensor> seed) {
   const char* op = "causal_attention_backward";
   check(q, k, v, dropout_p, seed, op);
   const auto dtype = q.scalar_type();

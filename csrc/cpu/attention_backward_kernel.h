@@ -51,11 +51,12 @@ static BackwardBuffers lay_out(const AttentionShape& shape, float* at) {
 
 // Packs the queries' side of a head for some blocks of queries; rows beyond the last query are zero.
 template <class T>
-static void pack_queries(const AttentionShape& shape, const BackwardInputs<T>& in, const BackwardBuffers& w, int64_t head,
-                         Range blocks) {
+static void pack_queries(const AttentionShape& shape, const BackwardInputs<T>& in, const BackwardBuffers& w,
+                         int64_t head, Range blocks) {
   constexpr int P = kPair<T>;
   const int64_t b = head / shape.H, h = head % shape.H, D = shape.D, width = shape.width(), units = width / P;
-  const int64_t first = blocks.begin * kBlock, end = blocks.end * kBlock, last = smaller(shape.T, end), rows = last - first;
+  const int64_t first = blocks.begin * kBlock, end = blocks.end * kBlock;
+  const int64_t last = smaller(shape.T, end), rows = last - first;
   if (rows <= 0) return;
   const T* q = in.q.data + b * in.q.batch + h * in.q.head + first * in.q.time;
   const T* grad = in.grad.data + b * in.grad.batch + h * in.grad.head + first * in.grad.time;
@@ -151,11 +152,14 @@ static void backward_tile(const AttentionShape& shape, const BackwardBuffers& w,
   }
   if (want_keys)
     for (int64_t j = 0; j < keys; j += kRows) {
-      const int64_t from = larger(0, j + 1 - count) / kRows * kRows, n = (rows - from + P - 1) / P;  // queries that see it
+      const int64_t from = larger(0, j + 1 - count) / kRows * kRows;  // the first queries that see these keys
       if (from >= rows) break;
+      const int64_t n = (rows - from + P - 1) / P;
       const int64_t at = from / P * kBlock + j, operand = (q0 + from) / P * width;
-      product<P, true, Into::add>(w.p_across + at, kBlock, w.grad_summed + operand, width, w.grad_v + j * width, width, n, D);
-      product<P, true, Into::add>(w.ds_across + at, kBlock, w.query_summed + operand, width, w.grad_k + j * width, width, n, D);
+      product<P, true, Into::add>(w.p_across + at, kBlock, w.grad_summed + operand, width, w.grad_v + j * width, width,
+                                  n, D);
+      product<P, true, Into::add>(w.ds_across + at, kBlock, w.query_summed + operand, width, w.grad_k + j * width,
+                                  width, n, D);
     }
   if (want_queries)
     for (int64_t r = first / kRows * kRows; r < rows; r += kRows) {
@@ -166,13 +170,14 @@ static void backward_tile(const AttentionShape& shape, const BackwardBuffers& w,
 }
 
 template <class T>
-static void store_gradient(const float* from, int64_t rows, int64_t D, int64_t width, float factor, T* to, int64_t stride) {
+static void store_gradient(const float* from, int64_t rows, int64_t D, int64_t width, float factor, T* to,
+                           int64_t stride) {
   for (int64_t r = 0; r < rows; ++r, from += width, to += stride)
     PYGPT_FOR_LANES(D, store_step(to + i, load(from + i) * factor, n);)
 }
 
-// Gradients of one head: of k and v for the blocks of keys in `key_blocks` if out.k is given, and of q for the blocks of
-// queries in `query_blocks` if out.q is. Together they share the tiles; then both ranges must be whole.
+// Gradients of one head: of k and v for the blocks of keys in `key_blocks` if out.k is given, and of q for the blocks
+// of queries in `query_blocks` if out.q is. Together they share the tiles; then both ranges must be whole.
 template <class T>
 void attention_backward(const AttentionShape& shape, const BackwardInputs<T>& in, const BackwardOutputs<T>& out,
                         float* workspace, int64_t head, Range key_blocks, Range query_blocks) {

@@ -5,8 +5,8 @@
 
 namespace pygpt::PYGPT_ISA {
 
-// Rows of a cache lie far apart, where the processor's own prefetching does not follow: keys are asked for this many rows
-// ahead, values while the scores of their block are computed.
+// Rows of a cache lie far apart, where the processor's own prefetching does not follow: keys are asked for this many
+// rows ahead, values while the scores of their block are computed.
 constexpr int64_t kAhead = 16;
 
 template <class T>
@@ -18,7 +18,8 @@ PYGPT_INLINE float dot(const float* a, const T* b, int64_t n_elements) {
 
 // o = o * factor + sum over keys of p[key] * v[key], for VECTORS * kLanes columns, or one vector of n of them.
 template <class T, int VECTORS>
-PYGPT_INLINE void add_values(const float* p, const T* v, int64_t stride, int64_t keys, float factor, float* o, int64_t n) {
+PYGPT_INLINE void add_values(const float* p, const T* v, int64_t stride, int64_t keys, float factor, float* o,
+                             int64_t n) {
   vf sum[VECTORS];
 #pragma GCC unroll 4
   for (int c = 0; c < VECTORS; ++c) sum[c] = load(o + c * kLanes) * factor;
@@ -66,7 +67,8 @@ void attention_decode(const AttentionShape& shape, HeadView<const T> q, HeadView
         int64_t d = 0;
         for (; d + 4 * kLanes <= D; d += 4 * kLanes)
           add_values<T, 4>(p, value + d, v.time, keys, factor[t], to + d, kLanes);
-        for (; d < D; d += kLanes) add_values<T, 1>(p, value + d, v.time, keys, factor[t], to + d, smaller(kLanes, D - d));
+        for (; d < D; d += kLanes)
+          add_values<T, 1>(p, value + d, v.time, keys, factor[t], to + d, smaller(kLanes, D - d));
       }
     }
     for (int t = 0; t < queries_here; ++t) {

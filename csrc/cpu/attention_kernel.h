@@ -42,8 +42,8 @@ PYGPT_INLINE float mask_scores(float* scores, int64_t columns, int64_t count, fl
   return reduce_max(top);
 }
 
-// Replaces the scores by probabilities (units of kPair<T>), unnormalised, and adds them to the running sum. Dropped ones
-// count in the sum and become zero. With pairs, the sum is that of the rounded probabilities which multiply V.
+// Replaces the scores by probabilities (units of kPair<T>), unnormalised, and adds them to the running sum. Dropped
+// ones count in the sum and become zero. With pairs, the sum is that of the rounded probabilities which multiply V.
 template <class T>
 PYGPT_INLINE vf probabilities(float* scores, int64_t columns, float largest, vf sum, const vi* keep) {
   const vf top = splat(largest), zero = {};
@@ -114,7 +114,8 @@ struct PackedHead {
 
 // Divides by the sums and writes out (B, T, H, D) and lse (B, H, T).
 template <class T>
-static void finish_rows(const AttentionShape& shape, const float* o, Running running, int64_t rows, T* out, float* lse) {
+static void finish_rows(const AttentionShape& shape, const float* o, Running running, int64_t rows, T* out,
+                        float* lse) {
   const float keep = shape.dropout.on ? shape.dropout.inverse_keep : 1.0f;
   const int64_t D = shape.D, width = shape.width(), stride = shape.H * D;
   for (int64_t r = 0; r < rows; ++r) lse[r] = reduce_add(load(running.sum + r * kLanes));
@@ -139,8 +140,8 @@ PYGPT_INLINE void prefetch_rows(HeadView<const T> x, int64_t H, int64_t D, int64
 
 // Work items first .. last, an item being (batch, head, block of queries) in this order, ascending.
 template <class T>
-void attention_forward(const AttentionShape& shape, HeadView<const T> q, HeadView<const T> k, HeadView<const T> v, T* out,
-                       float* lse, float* workspace, int64_t first, int64_t last) {
+void attention_forward(const AttentionShape& shape, HeadView<const T> q, HeadView<const T> k, HeadView<const T> v,
+                       T* out, float* lse, float* workspace, int64_t first, int64_t last) {
   constexpr int P = kPair<T>;
   const int64_t D = shape.D, width = shape.width(), units = (D + P - 1) / P, panel = kBlock * width / P;
   const float scale = shape.scale * kLog2E;

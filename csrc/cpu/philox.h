@@ -1,5 +1,5 @@
-// Philox4x32-10, the counter-based random generator of Salmon, Moraes, Dror and Shaw ("Parallel random numbers: as easy
-// as 1, 2, 3", 2011), one counter per lane, and the dropout mask of attention made from it. Included per instruction set.
+// Philox4x32-10, the counter-based generator of Salmon, Moraes, Dror and Shaw ("Parallel random numbers: as easy as
+// 1, 2, 3", 2011), one counter per lane, and the dropout mask of attention made from it. Included per instruction set.
 //
 // The mask is a function of (seed, head, query, key) alone, so backward regenerates what forward used and every backend
 // drops the same elements: for batch b, head h, query i and key j the counter is
@@ -43,7 +43,7 @@ PYGPT_INLINE void philox(vu c0, vu c1, vu c2, vu c3, uint32_t k0, uint32_t k1, v
   words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
 }
 
-// Which of the 64 keys of a block the query keeps: all bits set where kept. One mask per vector, in the order of the keys.
+// Which of the 64 keys of a block the query keeps: all bits set where kept. One mask per vector, in the keys' order.
 PYGPT_INLINE void dropout_keep(const Dropout& dropout, int64_t head, int64_t query, int64_t key_block,
                                vi keep[kAttentionBlock / kLanes]) {
   constexpr int kSplit = 16 / kLanes;  // vectors per word's 16 keys

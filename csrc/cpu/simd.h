@@ -107,8 +107,8 @@ PYGPT_INLINE vi lane_numbers() {
   return v;
 }
 
-// 2^x for x <= 127: by polynomials in the fraction f, |f| <= 1/2, with the least largest relative error among those that
-// are 1 at 0. DEGREE 5: 2 ulp; 4: 3e-6; 3: 1e-4. 0 for results below the normal range and for -inf; NaN stays NaN.
+// 2^x for x <= 127: by polynomials in the fraction f, |f| <= 1/2, with the least largest relative error among those
+// that are 1 at 0. DEGREE 5: 2 ulp; 4: 3e-6; 3: 1e-4. 0 for results below the normal range and for -inf; NaN stays NaN.
 template <int DEGREE = 5>
 PYGPT_INLINE vf vexp2(vf x) {
   static_assert(DEGREE >= 3 && DEGREE <= 5);
@@ -121,7 +121,8 @@ PYGPT_INLINE vf vexp2(vf x) {
 #endif
   vf p;
   if constexpr (DEGREE == 5)
-    p = ((((splat(1.3264727e-3f) * f + 9.671513e-3f) * f + 5.5507336e-2f) * f + 0.24022242f) * f + 0.693147f) * f + 1.0f;
+    p = ((((splat(1.3264727e-3f) * f + 9.671513e-3f) * f + 5.5507336e-2f) * f + 0.24022242f) * f + 0.693147f) * f +
+        1.0f;
   else if constexpr (DEGREE == 4)
     p = (((splat(9.582853e-3f) * f + 5.5906426e-2f) * f + 0.24024099f) * f + 0.6931242f) * f + 1.0f;
   else

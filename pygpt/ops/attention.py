@@ -22,16 +22,26 @@ MAX_HEAD_DIM = 256  # of the compiled kernels; larger heads run the reference
 backends.register("causal_attention", cpp=KERNEL_DTYPES)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, dropout_p: float = 0.0) -> Tensor:
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    document_start: Tensor | None = None,
+) -> Tensor:
     """softmax(scale * q k^T) v per head, where query i sees the keys 0 .. i + S - T (the last query sees all).
 
     q: (B, T, H, D); k, v: (B, S, H, D) with S >= T: they may be a cache that ends with the queries' own keys.
     All of one floating-point dtype and device; any strides (views of a packed qkv projection are read in place).
     scale: 1 / sqrt(D) unless given. dropout_p, in [0, 1): probability of dropping an attention weight; the mask comes
-    from one draw of torch's default generator per call. Returns (B, T, H, D), contiguous, in q's dtype.
+    from one draw of torch's default generator per call. document_start: int32 (B, T), not decreasing along T: query i
+    sees no key before document_start[b, i], so that documents packed in one row, or padding before a prompt, stay apart.
+    Returns (B, T, H, D), contiguous, in q's dtype.
     Raises InputError (a ValueError) for shapes, devices and settings, InputTypeError (a TypeError) for dtypes.
     """
     _check(q, k, v, dropout_p)
+    _check_documents(document_start, q)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
     seed = draw_seed(q.device) if dropout_p > 0.0 else None
@@ -43,15 +53,21 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None
                 f"got {q.shape[-1]}; use smaller heads, or drop use_backend / PYGPT_BACKEND"
             )
         backend = "eager"
-    if backend == "eager":
-        return causal_attention_reference(q, k, v, scale, dropout_p, seed)
+    if backend == "eager" or document_start is not None:
+        return causal_attention_reference(q, k, v, scale, dropout_p, seed, document_start)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _Eager.apply(q, k, v, scale, dropout_p, seed)
     return torch.ops.pygpt.causal_attention_forward.default(q, k, v, scale, dropout_p, seed)[0]
 
 
 def causal_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, dropout_p: float = 0.0, seed: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    document_start: Tensor | None = None,
 ) -> Tensor:
     """Plain PyTorch, differentiable, any dtype and device; arguments as in `causal_attention`.
 
@@ -61,24 +77,30 @@ def causal_attention_reference(
     T, S = q.shape[1], k.shape[1]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T or S, D)
     if dropout_p == 0.0:
-        if T in (S, 1):
+        if document_start is None and T in (S, 1):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=T == S, scale=scale)
         else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=_visible(T, S, q.device), scale=scale)
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=_visible(T, S, q.device, document_start), scale=scale
+            )
         return out.transpose(1, 2).contiguous()
     if seed is None:
         raise InputError("causal_attention_reference: dropout needs a seed; draw_seed() makes one")
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = (q.to(wide) @ k.to(wide).transpose(-2, -1)) * scale  # (B, H, T, S)
-    weights = scores.masked_fill(~_visible(T, S, q.device), -math.inf).softmax(dim=-1)
+    weights = scores.masked_fill(~_visible(T, S, q.device, document_start), -math.inf).softmax(dim=-1)
     keep = dropout_mask(seed, (q.shape[0], q.shape[1], T, S), dropout_p)
     out = torch.where(keep, weights / (1.0 - dropout_p), 0.0) @ v.to(wide)
     return out.to(q.dtype).transpose(1, 2).contiguous()
 
 
-def _visible(T: int, S: int, device: torch.device) -> Tensor:
-    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+def _visible(T: int, S: int, device: torch.device, document_start: Tensor | None) -> Tensor:
+    """Which keys each query sees: (T, S), or (B, 1, T, S) with documents."""
+    causal = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+    if document_start is None:
+        return causal
+    return causal & (torch.arange(S, device=device) >= document_start[:, None, :, None])
 
 
 # --- dropout -------------------------------------------------------------------------------------------------------
@@ -154,6 +176,19 @@ def _check(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> None:
     if k.dtype != q.dtype or v.dtype != q.dtype:
         raise InputTypeError(f"{op}: q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them")
     check_device(op, q, k=k, v=v)
+
+
+def _check_documents(document_start: Tensor | None, q: Tensor) -> None:
+    op = "causal_attention"
+    if document_start is None:
+        return
+    if document_start.shape != q.shape[:2]:
+        raise InputError(
+            f"{op}: document_start must be (B, T) = {tuple(q.shape[:2])}, got {tuple(document_start.shape)}"
+        )
+    if document_start.dtype != torch.int32:
+        raise InputTypeError(f"{op}: document_start must be int32, got {document_start.dtype}")
+    check_device(op, q, document_start=document_start)
 
 
 def _forward_fake(
