@@ -27,6 +27,8 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 def save(model: GPT, path: str | Path) -> None:
     """Write config.json and model.safetensors into the folder `path`, each to a temporary name and then renamed."""
     folder = Path(path)
+    if any(".lora_" in name for name, _ in model.named_parameters()):
+        raise InputError("the model has LoRA adapters: merge them before it is saved (pygpt.train.lora.merge_lora)")
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     if not model.config.bias:

@@ -3,7 +3,8 @@
     RUN/checkpoints/step_00001000/
         config.json, model.safetensors     the model, as `GPT.save_pretrained` writes it
         pygpt_tokenizer.json               what its token ids mean
-        training.safetensors               optimizer state and states of the random generators
+        training.safetensors               optimizer state, states of the random generators, and for a model with LoRA
+                                           adapters its weights before merging
         training.json                      step and settings
 
 A checkpoint is written under a temporary name, flushed to disk and renamed: under its final name it is complete.
@@ -28,6 +29,7 @@ from torch import Tensor
 from pygpt.errors import InputError, MissingFileError
 from pygpt.model import GPT
 from pygpt.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer, load_tokenizer
+from pygpt.train.lora import has_lora, merged
 
 NAME = re.compile(r"step_(\d{8,})")
 TEMPORARY, OLD = ".tmp-", ".old-"
@@ -112,7 +114,8 @@ def remove_leftovers(run: Path) -> None:
 
 
 def _save_model(folder: Path, model: GPT, tokenizer: Tokenizer | None) -> None:
-    model.save_pretrained(folder)
+    with merged(model):
+        model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save(folder)
 
@@ -154,8 +157,11 @@ def _remove(checkpoint: Path) -> None:
 
 def load_checkpoint(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> int:
     """Put optimizer and random generators back as they were; returns the number of steps done. The model's weights are
-    those of `GPT.from_pretrained(folder)`, which the caller has loaded."""
+    those of `GPT.from_pretrained(folder)`, which the caller has loaded. If there are LoRA adapters on it, so are they
+    and the weights under them."""
     state = _read(folder)
+    if has_lora(model):
+        _load_unmerged(folder, model, state)
     for name, p in model.named_parameters():
         prefix = f"optimizer/{name}/"
         values = {key.removeprefix(prefix): state.pop(key) for key in list(state) if key.startswith(prefix)}
@@ -169,6 +175,17 @@ def load_checkpoint(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) 
     if "rng/cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state.pop("rng/cuda"))
     return read_training(folder)["step"]
+
+
+def _load_unmerged(folder: Path, model: torch.nn.Module, state: dict[str, Tensor]) -> None:
+    """The weights of a model with adapters, whose model folder holds them merged: that addition cannot be undone exactly."""
+    for name, p in model.named_parameters():
+        saved = state.pop(f"model/{name}", None)
+        if saved is None or saved.shape != p.shape:
+            raise InputError(
+                f"'{folder}' was not written with the LoRA adapters that the model has: use the same settings"
+            )
+        p.data.copy_(saved)
 
 
 def read_training(folder: Path) -> dict[str, Any]:
@@ -200,6 +217,8 @@ def _tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     tensors = {"rng/cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
+    if has_lora(model):  # what the model folder holds is merged
+        tensors |= {f"model/{name}": p.detach().contiguous() for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
         for key, value in optimizer.state.get(p, {}).items():
             tensors[f"optimizer/{name}/{key}"] = value.contiguous()
