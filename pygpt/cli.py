@@ -120,6 +120,10 @@ def info(console: Console) -> None:
         reasons = "\n".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
         table.add_row(row.op, row.device, row.backend, row.dtypes, reasons)
     console.print(table)
+    console.print(
+        f"On the CPU, layer_norm and add_layer_norm of fewer than {backends.SMALL:,} elements, and an embedding without "
+        "positions or gradients, are torch's own, whose calls cost less, unless a backend is forced."
+    )
     if backends.forced():
         console.print(f"backend '{backends.forced()}' is forced (PYGPT_BACKEND)")
 

@@ -28,7 +28,7 @@ def test_cpp_answers_by_default_where_it_has_a_kernel():
 
 @needs_extension
 def test_use_backend_as_function_and_as_context():
-    x, weight = torch.randn(2, 8, requires_grad=True), torch.ones(8)
+    x, weight = torch.randn(backends.SMALL // 8, 8, requires_grad=True), torch.ones(8)
 
     def who() -> str:
         return type(ops.layer_norm(x, weight).grad_fn).__name__
@@ -44,6 +44,32 @@ def test_use_backend_as_function_and_as_context():
     assert who() == "NativeLayerNormBackward0"
     pygpt.use_backend("auto")
     assert who() == default
+
+
+@needs_extension
+def test_small_cpu_tensors_go_to_torch_unless_a_backend_is_forced():
+    weight, bias = torch.rand(8, requires_grad=True), torch.rand(8, requires_grad=True)
+    small = torch.randn(2, 8, requires_grad=True)
+
+    def who(x: torch.Tensor) -> tuple[str, str]:
+        outputs = ops.layer_norm(x, weight, bias), ops.add_layer_norm(x, x, weight, bias)[0]
+        return tuple(type(y.grad_fn).__name__ for y in outputs)
+
+    assert set(who(small)) == {"NativeLayerNormBackward0"}
+    assert "NativeLayerNormBackward0" not in who(torch.randn(backends.SMALL // 8, 8))
+    with pygpt.use_backend("cpp"):
+        assert "NativeLayerNormBackward0" not in who(small)
+
+
+@needs_extension
+def test_a_plain_gather_is_torchs_own_only_without_gradients():
+    table, idx = torch.randn(5, 8), torch.tensor([[1, 4]])
+    assert type(ops.embedding(idx, table.requires_grad_()).grad_fn).__name__ != "EmbeddingBackward0"
+    with torch.no_grad():
+        assert torch.equal(ops.embedding(idx, table), table[idx])
+        for bad in (-1, 5):  # torch accepts no such id either; the message stays ours
+            with pytest.raises(ValueError, match=f"token id {bad} at row 0, position 1 is outside the vocabulary of 5"):
+                ops.embedding(torch.tensor([[1, bad]]), table)
 
 
 def test_unknown_and_unavailable_backends():

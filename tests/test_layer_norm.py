@@ -125,7 +125,8 @@ def test_opcheck():
 def test_operator_has_the_same_gradients_without_the_seam():
     inputs = [leaf(5, 12), leaf(5, 12, seed=1), leaf(12, seed=2), leaf(12, seed=3)]
     y, total = torch.ops.pygpt.add_layer_norm_forward(*inputs, 1e-5)[:2]
-    seam_y, seam_total = ops.add_layer_norm(*inputs)
+    with backends.use_backend("cpp"):
+        seam_y, seam_total = ops.add_layer_norm(*inputs)
     direct = torch.autograd.grad((y * total).sum(), inputs)
     for a, b in zip(direct, torch.autograd.grad((seam_y * seam_total).sum(), inputs), strict=True):
         assert torch.equal(a, b)

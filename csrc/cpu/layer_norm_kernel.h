@@ -28,12 +28,15 @@ void layer_norm_rows(const T* x, const T* residual, const float* weight, const f
     }
     const float mu = add_sums(total) / C;
 
+    // The row is in the first-level cache now and memory idle: it fetches the next row meanwhile.
     vf squares[kSums] = {};
     PYGPT_FOR_LANES_BY(kSums, C, {
       vf d = load_step(in + i, n) - splat(mu);
       if (n < kLanes)
         for (int64_t lane = n; lane < kLanes; ++lane) d[lane] = 0;
       squares[u] += d * d;
+      __builtin_prefetch(x + C + i);
+      if (residual) __builtin_prefetch(residual + i);
     })
     const float r = 1.0f / std::sqrt(add_sums(squares) / C + eps);
 

@@ -25,6 +25,7 @@ from pygpt.ops import choices
 BACKENDS = ("eager", "cpp", "cuda", "triton")
 CPU_ORDER = ("cpp", "eager")
 MINIMUM_CUDA_CAPABILITY = (8, 0)
+SMALL = 65536  # elements; see `small`
 # The Triton kernels take any of these dtypes, so that their column is one line here instead of one in every op.
 TRITON_OPS = frozenset({"embedding", "layer_norm", "add_layer_norm", "causal_attention", "linear_cross_entropy"})
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -169,6 +170,20 @@ def choose(op: str, x: torch.Tensor) -> str:
         key = (op, x.device.type, x.dtype, _forced)
         backend = _chosen[key] = _resolve(*key)
     return backend
+
+
+def automatic_on_cpu(x: torch.Tensor) -> bool:
+    """Whether an op may hand the CPU tensor x to torch's own op where that measured faster: not where a backend is forced,
+    nor while compiling. An op that does so says when in its docstring."""
+    if torch.compiler.is_compiling() or _forced is not None or _environment is not None:
+        return False
+    return x.is_cpu
+
+
+def small(x: torch.Tensor) -> bool:
+    """Whether x has so few elements that a call of torch's own op, whose autograd formula is compiled, costs less than a
+    kernel saves (measured: bench/LOG.md), and `automatic_on_cpu` allows it."""
+    return automatic_on_cpu(x) and 0 < x.numel() < SMALL
 
 
 def _resolve(op: str, device: str, dtype: torch.dtype, forced: str | None) -> str:
