@@ -202,3 +202,18 @@ def test_forced_backend_does_not_fall_back():
     with backends.use_backend("cpp"), pytest.raises(ValueError, match="no float16 kernel"):
         ops.layer_norm(x, weight)
     assert_close(ops.layer_norm(x, weight), F.layer_norm(x.double(), (8,)))  # auto: the reference serves it
+
+
+def test_compiling_does_not_tie_the_result_to_a_number_of_rows():
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(graph)
+        return graph
+
+    weight, bias = leaf(16, seed=2), leaf(16, seed=3)
+    compiled = torch.compile(lambda x: ops.layer_norm(x, weight, bias), backend=count, fullgraph=True, dynamic=True)
+    for rows in (2, 3, 50, backends.SMALL):  # on both sides of the size below which eager calls go to torch
+        x = leaf(rows, 16)
+        torch.testing.assert_close(compiled(x), layer_norm_reference(x, weight, bias))
+    assert len(graphs) == 1

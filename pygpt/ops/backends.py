@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import os
 import warnings
 from dataclasses import dataclass, replace
@@ -25,7 +26,8 @@ from pygpt.ops import choices
 BACKENDS = ("eager", "cpp", "cuda", "triton")
 CPU_ORDER = ("cpp", "eager")
 MINIMUM_CUDA_CAPABILITY = (8, 0)
-SMALL = 65536  # elements; see `small`
+# Elements below which a call of torch's own layer_norm costs less than our kernel saves (measured: bench/LOG.md).
+SMALL = 65536
 # The Triton kernels take any of these dtypes, so that their column is one line here instead of one in every op.
 TRITON_OPS = frozenset({"embedding", "layer_norm", "add_layer_norm", "causal_attention", "linear_cross_entropy"})
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -102,6 +104,7 @@ _columns: dict[str, Column] = {
 _kernels: dict[str, dict[str, frozenset[torch.dtype]]] = {}  # op -> backend -> dtypes
 _forced: str | None = None
 _environment = os.environ.get("PYGPT_BACKEND")  # looked at when it first matters: `import pygpt` never fails for it
+_is_compiling = torch.compiler.is_compiling
 _chosen: dict[tuple[str, str, torch.dtype, str | None], str] = {}
 
 
@@ -163,6 +166,8 @@ def problem(backend: str) -> str:
 
 def choose(op: str, x: torch.Tensor) -> str:
     """Name of the backend that answers `op` for tensors like `x`. Raises InputError where a forced one cannot."""
+    if _is_compiling():  # a graph would be guarded on the cache, and compiled again as soon as anyone adds to it
+        return _resolve(op, x.device.type, x.dtype, forced())
     key = (op, x.device.type, x.dtype, _forced)
     backend = _chosen.get(key)
     if backend is None:
@@ -172,18 +177,12 @@ def choose(op: str, x: torch.Tensor) -> str:
     return backend
 
 
-def automatic_on_cpu(x: torch.Tensor) -> bool:
-    """Whether an op may hand the CPU tensor x to torch's own op where that measured faster: not where a backend is forced,
-    nor while compiling. An op that does so says when in its docstring."""
-    if torch.compiler.is_compiling() or _forced is not None or _environment is not None:
-        return False
-    return x.is_cpu
-
-
-def small(x: torch.Tensor) -> bool:
-    """Whether x has so few elements that a call of torch's own op, whose autograd formula is compiled, costs less than a
-    kernel saves (measured: bench/LOG.md), and `automatic_on_cpu` allows it."""
-    return automatic_on_cpu(x) and 0 < x.numel() < SMALL
+def automatic_on_cpu(x: torch.Tensor, fewer_than: float = math.inf) -> bool:
+    """Whether an op may hand the CPU tensor x, of 1 or more elements, to torch's own op where that measured faster: not
+    where a backend is forced, nor while compiling. An op that does so says when in its docstring."""
+    if _is_compiling() or _forced is not None or _environment is not None:
+        return False  # asking a compiler for the number of elements would tie the result to it
+    return x.is_cpu and 0 < x.numel() < fewer_than
 
 
 def _resolve(op: str, device: str, dtype: torch.dtype, forced: str | None) -> str:

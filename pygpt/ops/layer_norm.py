@@ -44,7 +44,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
     dtype. Raises InputError (a ValueError) for shapes and devices, InputTypeError (a TypeError) for dtypes. On the CPU,
     fewer than 65,536 elements go to torch's own layer_norm unless a backend is forced.
     """
-    if weight.dim() == 1 and backends.small(x):
+    if backends.automatic_on_cpu(x, backends.SMALL) and weight.dim() == 1:
         try:
             return torch.layer_norm(x, weight.shape, weight, bias, eps)
         except (
@@ -66,10 +66,9 @@ def add_layer_norm(
     x, residual: (..., C), the same shape; different dtypes are promoted as by addition. weight, bias: as in `layer_norm`.
     Returns (normed, x + residual), both (..., C). Small inputs on the CPU go to torch, as in `layer_norm`.
     """
-    if x.shape == residual.shape and weight.dim() == 1 and backends.small(x):
+    if backends.automatic_on_cpu(x, backends.SMALL) and x.shape == residual.shape and weight.dim() == 1:
         try:
-            total = x + residual
-            return torch.layer_norm(total, weight.shape, weight, bias, eps), total
+            return torch.layer_norm(total := x + residual, weight.shape, weight, bias, eps), total
         except (RuntimeError, TypeError):
             pass
     if x.shape != residual.shape:
