@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +18,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pygpt.errors import InputError, MissingFileError
+from pygpt.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
+    from pygpt.classifier import Classifier
     from pygpt.model import GPT, GPTConfig
 
+NAME = re.compile(r"step_(\d{8,})")
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
-def save(model: GPT, path: str | Path) -> None:
-    """Write config.json and model.safetensors into the folder `path`, each to a temporary name and then renamed."""
+def save(model: GPT | Classifier, path: str | Path, **settings: Any) -> None:
+    """Write config.json and model.safetensors into the folder `path`, each to a temporary name and then renamed.
+    settings: what config.json says beyond a language model's, or instead."""
     folder = Path(path)
     if any(".lora_" in name for name, _ in model.named_parameters()):
         raise InputError("the model has LoRA adapters: merge them before it is saved (pygpt.train.lora.merge_lora)")
@@ -33,12 +38,13 @@ def save(model: GPT, path: str | Path) -> None:
     state = {name: tensor.detach() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     if not model.config.bias:
         for name in list(state):
-            if name.endswith(".weight") and ".wte." not in name and ".wpe." not in name:
+            if name.endswith(".weight") and ".wte." not in name and ".wpe." not in name and name != "score.weight":
                 state[name.removesuffix("weight") + "bias"] = state[name].new_zeros(state[name].shape[0])
     state = {name: (t.t() if name.endswith(TRANSPOSED) else t).contiguous() for name, t in state.items()}
     save_file(state, folder / "model.safetensors.tmp", metadata={"format": "pt"})
     os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
-    text = json.dumps(to_hugging_face(model.config, str(model.lm_head.weight.dtype).removeprefix("torch.")), indent=2)
+    dtype = str(model.transformer.wte.weight.dtype).removeprefix("torch.")
+    text = json.dumps(to_hugging_face(model.config, dtype) | settings, indent=2)
     (folder / "config.json.tmp").write_text(text + "\n", encoding="utf-8")
     os.replace(folder / "config.json.tmp", folder / "config.json")
 
@@ -145,3 +151,36 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 def _our_name(name: str) -> str:
     """Hugging Face also stores the bare GPT2Model, whose names have no `transformer.` in front."""
     return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = {path: NAME.fullmatch(path.name) for path in (run / "checkpoints").glob("step_*") if path.is_dir()}
+    return sorted(
+        (path for path, match in found.items() if match), key=lambda path: int(path.name.removeprefix("step_"))
+    )
+
+
+def resolve_checkpoint(path: str | Path, prefer_best: bool = False) -> Path:
+    """The model folder that a user means: the folder itself, or a run's latest checkpoint; with prefer_best, the run's
+    best one (RUN/checkpoints/best) where it has one."""
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        return folder
+    best = folder / "checkpoints" / "best"
+    if prefer_best and (best / "config.json").is_file():
+        return best
+    found = checkpoints(folder)
+    if found:
+        return found[-1]
+    if not folder.exists():
+        raise MissingFileError(f"no run or model at '{path}'")
+    raise MissingFileError(f"'{path}' holds neither a model (config.json) nor a checkpoint (checkpoints/step_*)")
+
+
+def checkpoint_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer of a model folder. One without its file that has GPT-2's vocabulary, padded or not, is taken for
+    GPT-2's, as downloaded from Hugging Face; for any other None is returned."""
+    if (folder / TOKENIZER_FILE).is_file():
+        return load_tokenizer(folder)
+    return get_tokenizer("gpt2") if vocab_size in (50257, 50304) else None

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,42 +25,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pygpt.classifier import Classifier
 from pygpt.errors import InputError, MissingFileError
 from pygpt.model import GPT
-from pygpt.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer, load_tokenizer
+from pygpt.pretrained import checkpoint_tokenizer, checkpoints
+from pygpt.pretrained import resolve_checkpoint as resolve_checkpoint  # exported: it belongs here as well
+from pygpt.tokenizer import Tokenizer
 from pygpt.train.lora import has_lora, merged
 
-NAME = re.compile(r"step_(\d{8,})")
 TEMPORARY, OLD = ".tmp-", ".old-"
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    found = {path: NAME.fullmatch(path.name) for path in (run / "checkpoints").glob("step_*") if path.is_dir()}
-    return sorted(
-        (path for path, match in found.items() if match), key=lambda path: int(path.name.removeprefix("step_"))
-    )
-
-
-def resolve_checkpoint(path: str | Path) -> Path:
-    """The model folder that a user means: the folder itself, or a run's latest checkpoint."""
-    folder = Path(path)
-    if (folder / "config.json").is_file():
-        return folder
-    found = checkpoints(folder)
-    if found:
-        return found[-1]
-    if not folder.exists():
-        raise MissingFileError(f"no run or model at '{path}'")
-    raise MissingFileError(f"'{path}' holds neither a model (config.json) nor a checkpoint (checkpoints/step_*)")
-
-
-def checkpoint_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
-    """The tokenizer of a model folder. One without its file that has GPT-2's vocabulary, padded or not, is taken for
-    GPT-2's, as downloaded from Hugging Face; for any other None is returned."""
-    if (folder / TOKENIZER_FILE).is_file():
-        return load_tokenizer(folder)
-    return get_tokenizer("gpt2") if vocab_size in (50257, 50304) else None
 
 
 def check_vocabulary(folder: Path, vocab_size: int, data_tokenizer: Tokenizer | None, data_vocab_size: int) -> None:
@@ -78,7 +50,7 @@ def check_vocabulary(folder: Path, vocab_size: int, data_tokenizer: Tokenizer | 
 def save_checkpoint(
     run: Path,
     step: int,
-    model: GPT,
+    model: GPT | Classifier,
     optimizer: torch.optim.Optimizer,
     tokenizer: Tokenizer | None,
     settings: dict[str, Any],
@@ -96,7 +68,7 @@ def save_checkpoint(
     return final
 
 
-def save_best(run: Path, model: GPT, tokenizer: Tokenizer | None) -> Path:
+def save_best(run: Path, model: GPT | Classifier, tokenizer: Tokenizer | None) -> Path:
     """Write the model alone to RUN/checkpoints/best: the one with the lowest validation loss so far."""
     final = run / "checkpoints" / "best"
     with _written_as(final) as folder:
@@ -113,7 +85,7 @@ def remove_leftovers(run: Path) -> None:
             shutil.rmtree(folder)
 
 
-def _save_model(folder: Path, model: GPT, tokenizer: Tokenizer | None) -> None:
+def _save_model(folder: Path, model: GPT | Classifier, tokenizer: Tokenizer | None) -> None:
     with merged(model):
         model.save_pretrained(folder)
     if tokenizer is not None:
@@ -155,7 +127,7 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def load_checkpoint(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> int:
+def load_checkpoint(folder: Path, model: GPT | Classifier, optimizer: torch.optim.Optimizer) -> int:
     """Put optimizer and random generators back as they were; returns the number of steps done. The model's weights are
     those of `GPT.from_pretrained(folder)`, which the caller has loaded. If there are LoRA adapters on it, so are they
     and the weights under them."""
@@ -213,7 +185,7 @@ def _read(folder: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _tensors(model: GPT | Classifier, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     tensors = {"rng/cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["rng/cuda"] = torch.cuda.get_rng_state()

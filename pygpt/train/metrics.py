@@ -77,9 +77,17 @@ def holds_run(run: Path) -> bool:
 
 def best_validation_loss(run: Path) -> float:
     """The lowest validation loss after a step of training so far; infinite if there is none."""
-    return min(
-        (row["val_loss"] for row in read_metrics(run) if "val_loss" in row and row["step"] > 0), default=math.inf
-    )
+    return min(_validation_losses(run), default=math.inf)
+
+
+def evaluations_since_best(run: Path) -> int:
+    """Evaluations after the one with the lowest validation loss."""
+    losses = _validation_losses(run)
+    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+
+
+def _validation_losses(run: Path) -> list[float]:
+    return [row["val_loss"] for row in read_metrics(run) if "val_loss" in row and row["step"] > 0]
 
 
 def progress_bar(console: Console) -> Progress:
@@ -113,7 +121,7 @@ def plot_loss(run: Path, console: Console) -> Path | None:
         points = [(row["step"], row[key]) for row in rows if key in row]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=run.name)
+    axes.set(xlabel="step", ylabel="loss (nats)", title=run.name)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(run / "loss.png", dpi=120)

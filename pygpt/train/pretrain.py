@@ -97,8 +97,8 @@ class PretrainConfig(TrainConfig):
 
 # What may differ between a run and its continuation: how long, how often, where - not what is computed per step.
 CHANGEABLE = (
-    "steps", "resume", "overwrite", "out", "data", "eval_every", "sample_every", "checkpoint_every", "keep", "log_every",
-    "peak_tflops", "eval_batches", "prompt", "sample_tokens", "device", "compile",
+    "steps", "resume", "overwrite", "out", "data", "eval_every", "patience", "sample_every", "checkpoint_every", "keep",
+    "log_every", "peak_tflops", "eval_batches", "prompt", "sample_tokens", "device", "compile",
 )  # fmt: skip
 
 

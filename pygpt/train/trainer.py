@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from pygpt.classifier import Classifier
 from pygpt.errors import InputError, PygptError
 from pygpt.model import GPT
 from pygpt.optim import build_optimizer, clip_grad_norm, cosine_with_warmup
@@ -34,7 +35,14 @@ from pygpt.train.checkpoint import (
     save_best,
     save_checkpoint,
 )
-from pygpt.train.metrics import Metrics, best_validation_loss, holds_run, plot_loss, progress_bar
+from pygpt.train.metrics import (
+    Metrics,
+    best_validation_loss,
+    evaluations_since_best,
+    holds_run,
+    plot_loss,
+    progress_bar,
+)
 
 Batch = tuple[Tensor, ...]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -74,6 +82,8 @@ class TrainConfig:
     """Decides initial weights, batches and dropout."""
     eval_every: int = 250
     """Steps between evaluations; 0: only at the end."""
+    patience: int = 0
+    """Evaluations in a row without a lower validation loss after which training stops; 0: it never stops early."""
     sample_every: int = 0
     """Steps between samples of the model; 0: only at the end."""
     checkpoint_every: int = 500
@@ -90,7 +100,7 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         at_least_0 = ("learning_rate", "min_learning_rate", "warmup", "weight_decay", "grad_clip", "seed")
-        for name in (*at_least_0, "eval_every", "sample_every", "checkpoint_every"):
+        for name in (*at_least_0, "eval_every", "patience", "sample_every", "checkpoint_every"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -117,27 +127,31 @@ def resolve_device(name: str) -> torch.device:
 class Trainer:
     """Trains `model` on batch(0), batch(1), ... and writes everything about it into the folder `run`.
 
-    model: moved to the configured device and dtype, in place. batch: micro-step -> tensors (a pure function, so that a
-    resumed run sees the same batches), the last of them the targets, of which negative ones are ignored. The loss is
-    model(*tensors)[1], a mean over targets, unless `loss_fn(model, tensors)` is given. evaluate: model -> validation loss.
-    sample: model -> text to show. tokenizer: saved with each checkpoint.
+    model: moved to the configured device and dtype, in place; parameters that need no gradient stay as they are.
+    batch: micro-step -> tensors (a pure function, so that a resumed run sees the same batches), the last of them the
+    targets, of which negative ones are ignored. The loss is model(*tensors)[1], a mean over targets, unless
+    `loss_fn(model, tensors)` is given. evaluate: model -> validation loss, or {"val_loss": ..., ...} with other figures to
+    write down. sample: model -> text to show. tokenizer: saved with each checkpoint.
     """
 
     def __init__(
         self,
-        model: GPT,
+        model: GPT | Classifier,
         batch: Callable[[int], Batch],
         config: TrainConfig,
         run: Path,
         *,
         loss_fn: Callable[[Any, Batch], Tensor] = lambda model, tensors: model(*tensors)[1],
-        evaluate: Callable[[GPT], float] | None = None,
-        sample: Callable[[GPT], str] | None = None,
+        evaluate: Callable[[Any], float | dict[str, float]] | None = None,
+        sample: Callable[[Any], str] | None = None,
         tokenizer: Tokenizer | None = None,
         console: Console | None = None,
     ) -> None:
         self.device = resolve_device(config.device)
         self.model = model.to(self.device, DTYPES[config.dtype]).train()
+        trained = [parameter.requires_grad for parameter in model.parameters()]
+        if not any(trained):
+            raise InputError("nothing to train: every parameter of the model is frozen")
         self.config, self.run, self.batch, self.loss_fn = config, Path(run), batch, loss_fn
         self.evaluate, self.sample, self.tokenizer = evaluate, sample, tokenizer
         self.console = console or Console()
@@ -146,7 +160,7 @@ class Trainer:
         )
         self.forward: Any = torch.compile(self.model) if config.compile else self.model
         peak = 1e12 * config.peak_tflops if config.peak_tflops else peak_flops(self.device, DTYPES[config.dtype])
-        self.peak_flops = peak
+        self.peak_flops = peak if all(trained) else None  # MFU is about training all weights
         self.step = 0
         self.stop_requested = False
         self._unlogged: list[
@@ -163,7 +177,8 @@ class Trainer:
             )
 
     def train(self) -> float:
-        """Run the steps that are left; returns the last training loss. Ctrl-C saves a checkpoint and returns early."""
+        """Run the steps that are left; returns the last training loss. Ctrl-C, or validation that no longer gets better
+        (`patience`), saves a checkpoint and returns early."""
         if self.step == 0 and holds_run(self.run):
             raise InputError(
                 f"'{self.run}' holds an earlier run, which would be overwritten; resume it or take another folder"
@@ -179,7 +194,7 @@ class Trainer:
             if self.step == 0:
                 self._evaluate(metrics)
             self._since = time.perf_counter()
-            stop = self.stop_requested
+            stop = self.stop_requested or self._out_of_patience()
             while self.step < config.steps and not stop:
                 self._unlogged.append(self._train_step())
                 self.step += 1
@@ -194,11 +209,19 @@ class Trainer:
                     self.save()
                 if self._due(config.eval_every):
                     self._evaluate(metrics)
+                    if self._out_of_patience() and not stop:
+                        stop = True
+                        if not save:
+                            self.save()
                 if self._due(config.sample_every) and not stop:
                     self._show_sample()
                 self._since += time.perf_counter() - pause  # none of this counts as training time
         plot_loss(self.run, self.console)
-        if self.step < config.steps:
+        if self._out_of_patience():
+            self.console.print(
+                f"stopped after step {self.step}: {config.patience} evaluations in a row without a lower validation loss"
+            )
+        elif self.step < config.steps:
             self.console.print(f"stopped after step {self.step}; the same command with --resume goes on from there")
         return loss
 
@@ -277,12 +300,19 @@ class Trainer:
         if self.evaluate is None:
             return
         with self._aside():
-            loss = self.evaluate(self.model)
-        is_best = loss < best_validation_loss(self.run)
-        metrics.write(self.step, val_loss=loss)
-        self.console.print(f"step {self.step}: validation loss {loss:.4f}")
+            found = self.evaluate(self.model)
+        values = found if isinstance(found, dict) else {"val_loss": found}
+        is_best = values["val_loss"] < best_validation_loss(self.run)
+        metrics.write(self.step, **values)
+        figures = ", ".join(
+            f"{name.removeprefix('val_').replace('_', ' ')} {value:.4f}" for name, value in values.items()
+        )
+        self.console.print(f"step {self.step}: validation {figures}")
         if is_best and self.step > 0:
             save_best(self.run, self.model, self.tokenizer)
+
+    def _out_of_patience(self) -> bool:
+        return 0 < self.config.patience <= evaluations_since_best(self.run)
 
     def _show_sample(self) -> None:
         if self.sample is None:
