@@ -18,12 +18,14 @@ from rich.table import Table
 
 import pygpt
 from pygpt.data import PrepareConfig, prepare
+from pygpt.data.registry import DataConfig, data
 from pygpt.errors import InputError, PygptError
 from pygpt.model import GPT
 from pygpt.ops import backends
 from pygpt.tokenizer import TOKENIZER_FILE, encode_prompt
 from pygpt.train import EvaluateConfig, PretrainConfig, evaluate, pretrain, resolve_checkpoint
 from pygpt.train.checkpoint import checkpoint_tokenizer
+from pygpt.train.classify import ClassifyConfig, PredictConfig, finetune_classify, predict
 from pygpt.train.trainer import resolve_device
 
 
@@ -54,11 +56,18 @@ class GenerateConfig:
     """auto (a GPU if there is one), cpu, cuda, ..."""
 
 
+Finetune = (
+    Annotated[ClassifyConfig, tyro.conf.subcommand("classify")]
+    | Annotated[None, tyro.conf.subcommand("instruct")]  # tyro wants at least two
+)
 Command = (
     Annotated[InfoConfig, tyro.conf.subcommand("info")]
+    | Annotated[DataConfig, tyro.conf.subcommand("data")]
     | Annotated[PrepareConfig, tyro.conf.subcommand("prepare")]
     | Annotated[PretrainConfig, tyro.conf.subcommand("pretrain")]
+    | Annotated[Finetune, tyro.conf.subcommand("finetune", description="Finetune a pretrained model for a task.")]
     | Annotated[GenerateConfig, tyro.conf.subcommand("generate")]
+    | Annotated[PredictConfig, tyro.conf.subcommand("classify")]
     | Annotated[EvaluateConfig, tyro.conf.subcommand("eval")]
 )
 
@@ -88,11 +97,18 @@ def run(command: object) -> None:
     match command:
         case InfoConfig():
             info(console)
+        case DataConfig():
+            data(command, console)
         case PrepareConfig():
             prepare(command)
         case PretrainConfig():
             pygpt.tune_allocator()
             pretrain(command, console)
+        case ClassifyConfig():
+            pygpt.tune_allocator()
+            finetune_classify(command, console)
+        case PredictConfig():
+            predict(command)
         case GenerateConfig():
             generate(command)
         case EvaluateConfig():

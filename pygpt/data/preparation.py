@@ -35,6 +35,7 @@ from rich.progress import (
 )
 
 from pygpt.data.corpus import Piece, Scan, find_files, read_piece, scan_file, split_at_character
+from pygpt.data.registry import dataset_path
 from pygpt.data.tokens import DTYPES, META_FILE, META_VERSION
 from pygpt.data.workers import OrderedMap, worker_count, workers
 from pygpt.errors import InputError, InputTypeError, PygptError
@@ -49,7 +50,8 @@ class PrepareConfig:
     """Turn files or folders of text into token files for training."""
 
     inputs: tuple[Path, ...] = ()
-    """Files, or folders that are searched for text. Without any: the source of Python's standard library."""
+    """Files, folders that are searched for text, or names that `pygpt data` lists. Without any: the source of Python's
+    standard library."""
 
     out: Path = Path("data")
     """Folder for train.bin, val.bin, meta.json and the tokenizer."""
@@ -129,7 +131,7 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> PrepareSum
     started = time.perf_counter()
     console = console or Console(stderr=True)
     tokenizer: Tokenizer | None = None if config.tokenizer == "char" else get_tokenizer(config.tokenizer)
-    files = find_files(config.inputs, config.extensions)
+    files = find_files([dataset_path(name) for name in config.inputs], config.extensions)
     total = sum(os.path.getsize(file) for file in files if os.path.isfile(file))
     with workers(worker_count(config.workers, total)) as ordered_map, _progress(console) as progress:
         scans = _scan(ordered_map, progress, files, total, count_characters=tokenizer is None)
