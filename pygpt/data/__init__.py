@@ -1,10 +1,12 @@
-"""Text to token files (`prepare`), token files to batches (`load_tokens` and the samplers)."""
+"""Text to token files (`prepare`), token files to batches (`load_tokens` and the samplers); labelled texts."""
 
+from pygpt.data.labelled import LengthBuckets, read_labelled
 from pygpt.data.preparation import PrepareConfig, PrepareSummary, prepare
 from pygpt.data.samplers import RandomOffsets, SlidingWindows, sequential_windows
 from pygpt.data.tokens import TokenFile, load_tokens
 
 __all__ = [
+    "LengthBuckets",
     "PrepareConfig",
     "PrepareSummary",
     "RandomOffsets",
@@ -12,5 +14,6 @@ __all__ = [
     "TokenFile",
     "load_tokens",
     "prepare",
+    "read_labelled",
     "sequential_windows",
 ]

@@ -5,7 +5,6 @@ pygpt pretrain --data data/stdlib --out runs/mine
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,12 +16,11 @@ from rich.console import Console
 from torch import Tensor
 
 from pygpt.data import PrepareConfig, RandomOffsets, SlidingWindows, TokenFile, load_tokens, prepare
-from pygpt.errors import InputError, MissingFileError
+from pygpt.errors import InputError
 from pygpt.model import GPT, PRESETS, GPTConfig
 from pygpt.tokenizer import TOKENIZER_FILE, Tokenizer, encode_prompt, load_tokenizer
 from pygpt.train.checkpoint import check_vocabulary, checkpoints, resolve_checkpoint
-from pygpt.train.metrics import holds_run
-from pygpt.train.trainer import TrainConfig, Trainer, check_resumable
+from pygpt.train.trainer import TrainConfig, Trainer, check_run, remove_run
 
 SMALL = {"n_layer": 6, "n_head": 6, "n_embd": 192, "block_size": 128}
 
@@ -105,7 +103,7 @@ CHANGEABLE = (
 def pretrain(config: PretrainConfig, console: Console | None = None) -> Path:
     """Train as configured; returns the run's folder. Raises PygptError for settings, data or files that do not fit."""
     console = console or Console()
-    latest = _check_run(config)
+    latest = check_run(config, config.out, config.resume, config.overwrite, CHANGEABLE)
     data = config.data or _embedded_corpus(config.out / "data", console)
     train, val, tokenizer, vocab_size = load_data(data, console)
     torch.manual_seed(config.seed)
@@ -177,30 +175,6 @@ def load_data(folder: Path, console: Console) -> tuple[TokenFile, TokenFile, Tok
             "the data has no meta.json; as nanoGPT's files, it is taken for tokens of gpt2 (vocabulary 50257)"
         )
     return train, val, tokenizer, vocab_size
-
-
-def _check_run(config: PretrainConfig) -> Path | None:
-    """The checkpoint to resume from, if any. What is in OUT is never overwritten unasked."""
-    found = checkpoints(config.out)
-    if config.resume:
-        if not found:
-            raise MissingFileError(f"nothing to resume: '{config.out}' has no checkpoint (checkpoints/step_*)")
-        check_resumable(found[-1], config, CHANGEABLE)
-        return found[-1]
-    if holds_run(config.out) and not config.overwrite:
-        raise InputError(
-            f"'{config.out}' holds an earlier run; go on with it (--resume), delete it (--overwrite) or choose another --out"
-        )
-    return None
-
-
-def remove_run(run: Path) -> None:
-    """Delete what an earlier run wrote into its folder, and nothing else."""
-    for name in ("checkpoints", "tensorboard"):
-        if (run / name).exists():
-            shutil.rmtree(run / name)
-    for name in ("metrics.jsonl", "loss.png"):
-        (run / name).unlink(missing_ok=True)
 
 
 def _model(config: PretrainConfig, latest: Path | None, tokenizer: Tokenizer | None, vocab_size: int) -> GPT:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from rich.console import Console
 from torch import Tensor
 
 from pygpt.classifier import Classifier
-from pygpt.errors import InputError, PygptError
+from pygpt.errors import InputError, MissingFileError, PygptError
 from pygpt.model import GPT
 from pygpt.optim import build_optimizer, clip_grad_norm, cosine_with_warmup
 from pygpt.peaks import peak_flops
@@ -370,3 +371,29 @@ def check_resumable(checkpoint: Path, config: TrainConfig, changeable: tuple[str
                 f"cannot resume: {name} was {saved[name]} in '{checkpoint}' and is {value} now; use the same settings, or "
                 f"start a new run with --init-from {checkpoint}"
             )
+
+
+def check_run(
+    config: TrainConfig, run: Path, resume: bool, overwrite: bool, changeable: tuple[str, ...]
+) -> Path | None:
+    """The checkpoint of `run` to resume from, if any. What is in the folder is never overwritten unasked."""
+    found = checkpoints(run)
+    if resume:
+        if not found:
+            raise MissingFileError(f"nothing to resume: '{run}' has no checkpoint (checkpoints/step_*)")
+        check_resumable(found[-1], config, changeable)
+        return found[-1]
+    if holds_run(run) and not overwrite:
+        raise InputError(
+            f"'{run}' holds an earlier run; go on with it (--resume), delete it (--overwrite) or choose another --out"
+        )
+    return None
+
+
+def remove_run(run: Path) -> None:
+    """Delete what an earlier run wrote into its folder, and nothing else."""
+    for name in ("checkpoints", "tensorboard"):
+        if (run / name).exists():
+            shutil.rmtree(run / name)
+    for name in ("metrics.jsonl", "loss.png", "results.json", "confusion.png"):
+        (run / name).unlink(missing_ok=True)
