@@ -18,6 +18,7 @@ from rich.table import Table
 
 import pygpt
 from pygpt.data import PrepareConfig, prepare
+from pygpt.data.registry import DataConfig, data
 from pygpt.errors import InputError, PygptError
 from pygpt.model import GPT
 from pygpt.ops import backends
@@ -61,6 +62,7 @@ Finetune = (
 )
 Command = (
     Annotated[InfoConfig, tyro.conf.subcommand("info")]
+    | Annotated[DataConfig, tyro.conf.subcommand("data")]
     | Annotated[PrepareConfig, tyro.conf.subcommand("prepare")]
     | Annotated[PretrainConfig, tyro.conf.subcommand("pretrain")]
     | Annotated[Finetune, tyro.conf.subcommand("finetune", description="Finetune a pretrained model for a task.")]
@@ -95,6 +97,8 @@ def run(command: object) -> None:
     match command:
         case InfoConfig():
             info(console)
+        case DataConfig():
+            data(command, console)
         case PrepareConfig():
             prepare(command)
         case PretrainConfig():
