@@ -1,4 +1,4 @@
-"""The command line: `pygpt info | prepare | pretrain | generate | eval`, each generated from its settings' dataclass."""
+"""The command line: `pygpt COMMAND`, each command generated from its settings' dataclass."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ import pygpt
 from pygpt.data import PrepareConfig, prepare
 from pygpt.data.registry import DataConfig, data
 from pygpt.errors import InputError, PygptError
+from pygpt.export import ExportConfig, export
 from pygpt.model import GPT
 from pygpt.ops import backends
 from pygpt.tokenizer import TOKENIZER_FILE, encode_prompt
 from pygpt.train import EvaluateConfig, PretrainConfig, evaluate, pretrain, resolve_checkpoint
 from pygpt.train.checkpoint import checkpoint_tokenizer
 from pygpt.train.classify import ClassifyConfig, PredictConfig, finetune_classify, predict
+from pygpt.train.evaluate import LabelledEvaluation
 from pygpt.train.trainer import resolve_device
 
 
@@ -69,6 +71,7 @@ Command = (
     | Annotated[GenerateConfig, tyro.conf.subcommand("generate")]
     | Annotated[PredictConfig, tyro.conf.subcommand("classify")]
     | Annotated[EvaluateConfig, tyro.conf.subcommand("eval")]
+    | Annotated[ExportConfig, tyro.conf.subcommand("export")]
 )
 
 
@@ -113,8 +116,11 @@ def run(command: object) -> None:
             generate(command)
         case EvaluateConfig():
             result = evaluate(command, console)
-            bits = f", {result.bits_per_byte:.4f} bits per byte" if result.bits_per_byte is not None else ""
-            console.print(f"{result.tokens:,} tokens: loss {result.loss:.4f}, perplexity {result.perplexity:.2f}{bits}")
+            print(result)
+            if isinstance(result, LabelledEvaluation):
+                console.print(result.scores.table("labels"))
+        case ExportConfig():
+            export(command, console)
 
 
 def info(console: Console) -> None:

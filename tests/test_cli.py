@@ -337,7 +337,7 @@ def test_settings_are_refused_when_the_command_line_is_read(rejected):
     assert "unknown preset 'gpt9'" in rejected("pretrain", "--preset", "gpt9")
     assert "leave out n_layer" in rejected("pretrain", "--init-from", "run", "--n-layer", "3")
     assert "stride is for" in rejected("pretrain", "--stride", "3")
-    assert "either --data" in rejected("eval", "run")
+    assert "one of --data" in rejected("eval", "run")
     assert "learning-rate" in rejected("pretrain", "--learning-rage", "1")
     assert "info" in rejected()
 
