@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import codecs
-import io
 import os
 import sys
 from dataclasses import dataclass
-from itertools import chain
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -17,45 +13,22 @@ from rich.console import Console
 from rich.table import Table
 
 import pygpt
+from pygpt.chat import ChatConfig, GenerateConfig, chat, generate
 from pygpt.data import PrepareConfig, prepare
 from pygpt.data.registry import DataConfig, data
-from pygpt.errors import InputError, PygptError
+from pygpt.embeddings import EmbeddingsConfig, embeddings
+from pygpt.errors import PygptError
 from pygpt.export import ExportConfig, export
-from pygpt.model import GPT
 from pygpt.ops import backends
-from pygpt.tokenizer import TOKENIZER_FILE, encode_prompt
-from pygpt.train import EvaluateConfig, PretrainConfig, evaluate, pretrain, resolve_checkpoint
-from pygpt.train.checkpoint import checkpoint_tokenizer
-from pygpt.train.classify import ClassifyConfig, PredictConfig, finetune_classify, predict
+from pygpt.train import EvaluateConfig, PretrainConfig, evaluate, pretrain
+from pygpt.train.classify import ClassifyConfig, finetune_classify
 from pygpt.train.evaluate import LabelledEvaluation
-from pygpt.train.trainer import resolve_device
+from pygpt.train.predict import PredictConfig, predict
 
 
 @dataclass(frozen=True, kw_only=True)
 class InfoConfig:
     """Show versions, devices, and per operator the backend in use and why the others are not."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
-    """Continue a text with a trained model."""
-
-    run: Annotated[Path, tyro.conf.Positional]
-    """A run's folder, a checkpoint or a model folder."""
-    prompt: str = ""
-    """Text to continue; nothing: the start of a document."""
-    max_new_tokens: int = 200
-    """Tokens to generate at most; generation also ends at end-of-text."""
-    temperature: float = 0.8
-    """Below 1 sharpens the distribution; 0 always takes the likeliest token."""
-    top_k: int | None = None
-    """Keep only the k likeliest tokens."""
-    top_p: float | None = None
-    """Keep only the likeliest tokens whose probabilities sum to p."""
-    seed: int | None = None
-    """Makes the text repeatable."""
-    device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda, ..."""
 
 
 Finetune = (
@@ -69,8 +42,10 @@ Command = (
     | Annotated[PretrainConfig, tyro.conf.subcommand("pretrain")]
     | Annotated[Finetune, tyro.conf.subcommand("finetune", description="Finetune a pretrained model for a task.")]
     | Annotated[GenerateConfig, tyro.conf.subcommand("generate")]
+    | Annotated[ChatConfig, tyro.conf.subcommand("chat")]
     | Annotated[PredictConfig, tyro.conf.subcommand("classify")]
     | Annotated[EvaluateConfig, tyro.conf.subcommand("eval")]
+    | Annotated[EmbeddingsConfig, tyro.conf.subcommand("embeddings")]
     | Annotated[ExportConfig, tyro.conf.subcommand("export")]
 )
 
@@ -114,6 +89,10 @@ def run(command: object) -> None:
             predict(command)
         case GenerateConfig():
             generate(command)
+        case ChatConfig():
+            chat(command)
+        case EmbeddingsConfig():
+            embeddings(command, console)
         case EvaluateConfig():
             result = evaluate(command, console)
             print(result)
@@ -148,29 +127,6 @@ def info(console: Console) -> None:
     )
     if backends.forced():
         console.print(f"backend '{backends.forced()}' is forced (PYGPT_BACKEND)")
-
-
-def generate(config: GenerateConfig) -> None:
-    """Print the prompt and its continuation, token by token."""
-    folder = resolve_checkpoint(config.run)
-    device = resolve_device(config.device)
-    model = GPT.from_pretrained(folder).to(device)
-    tokenizer = checkpoint_tokenizer(folder, model.config.vocab_size)
-    if tokenizer is None:
-        raise InputError(f"'{folder}' does not say which tokenizer it uses: it holds no {TOKENIZER_FILE}")
-    prompt = torch.tensor([encode_prompt(tokenizer, config.prompt)], device=device)
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span several tokens
-    stream = model.stream(
-        prompt, config.max_new_tokens, config.temperature, config.top_k, config.top_p, tokenizer.eot_id, config.seed
-    )
-    first = next(stream, None)  # bad settings are an error before anything is printed
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
-    print(config.prompt, end="", flush=True)
-    for token in chain([] if first is None else [first], stream):
-        if token.item() != tokenizer.eot_id:
-            print(decoder.decode(tokenizer.decode_bytes([token.item()])), end="", flush=True)
-    print(decoder.decode(b"", final=True))
 
 
 if __name__ == "__main__":

@@ -1,28 +1,25 @@
-"""Classification: finetune a GPT on labelled texts, and use the classifier.
+"""Classification: finetune a GPT on labelled texts, split into training, validation and test.
 
 pygpt finetune classify --init-from runs/base --data SMSSpamCollection.tsv --balance subsample --out runs/spam
-pygpt classify runs/spam "You won! Call now"
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-import tyro
 from rich.console import Console
 from torch import Tensor
 
 from pygpt.classifier import Classifier
-from pygpt.data.labelled import IDS, LengthBuckets, encode_text, read_labelled, read_texts, split, subsample
+from pygpt.data.labelled import IDS, LengthBuckets, encode_text, read_labelled, split, subsample
 from pygpt.errors import InputError
 from pygpt.model import GPT, PRESETS, GPTConfig
 from pygpt.pretrained import checkpoint_tokenizer, resolve_checkpoint
@@ -30,7 +27,7 @@ from pygpt.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
 from pygpt.train.lora import add_lora
 from pygpt.train.metrics import read_metrics
 from pygpt.train.scores import Scores
-from pygpt.train.trainer import Batch, TrainConfig, Trainer, check_run, remove_run, resolve_device
+from pygpt.train.trainer import Batch, TrainConfig, Trainer, check_run, remove_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,21 +132,21 @@ CHANGEABLE = (
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the split: token ids of each text, (T,) int64, and its label's id."""
+    """Examples, or one part of them: the texts, the token ids of each, (T,) int64, and each one's label."""
 
+    texts: list[str]
     examples: list[IDS]
-    labels: list[int]
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """labels: names by id. report: what was counted while reading, for results.json."""
-
     labels: list[str]
-    train: Part
-    val: Part
-    test: Part
-    report: dict[str, Any]
+
+    def at(self, rows: Sequence[int]) -> Part:
+        """Those at the given positions."""
+        return Part([self.texts[i] for i in rows], [self.examples[i] for i in rows], [self.labels[i] for i in rows])
+
+    def ids(self, names: Sequence[str]) -> list[int]:
+        """The labels' positions in `names`. Raises InputError for a label that is not among them."""
+        if unknown := set(self.labels) - set(names):
+            raise InputError(f"label '{min(unknown)}' is unknown: the classifier's labels are {', '.join(names)}")
+        return [names.index(label) for label in self.labels]
 
 
 def finetune_classify(config: ClassifyConfig, console: Console | None = None) -> Path:
@@ -165,19 +162,18 @@ def finetune_classify(config: ClassifyConfig, console: Console | None = None) ->
     if latest is None:
         gpt, tokenizer = _base(config)
         max_length = min(config.max_length or gpt.config.block_size, gpt.config.block_size)
-        data = load_dataset(config, tokenizer, max_length, tell)
-        model = Classifier(gpt, data.labels, tokenizer, max_length)
+        parts, report = load_parts(config, tokenizer, max_length, tell)
+        model = Classifier(gpt, sorted(set(parts["train"].labels)), tokenizer, max_length)
     else:
         model = Classifier.from_pretrained(latest)
-        data = load_dataset(config, model.tokenizer, model.max_length, tell)
-        if model.labels != data.labels:
-            raise InputError(f"cannot resume: the labels were {model.labels} and are {data.labels} now")
+        parts, report = load_parts(config, model.tokenizer, model.max_length, tell)
     freeze(model, config)
-    sampler = LengthBuckets(data.train.examples, data.train.labels, config.batch_size, config.seed)
-    weights = label_weights(data.train.labels) if config.balance == "weights" else None
+    labels = parts["train"].ids(model.labels)
+    sampler = LengthBuckets(parts["train"].examples, labels, config.batch_size, config.seed)
+    weights = label_weights(labels) if config.balance == "weights" else None
     trainer = Trainer(
         model, sampler.batch, config, config.out, console=console, loss_fn=partial(_loss, weights=weights),
-        evaluate=partial(_validate, part=data.val, weights=weights),
+        evaluate=partial(_validate, part=parts["val"], weights=weights),
     )  # fmt: skip
     if latest is not None:
         trainer.resume(latest)
@@ -187,11 +183,11 @@ def finetune_classify(config: ClassifyConfig, console: Console | None = None) ->
     tell(
         f"{trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters train on {trainer.device} in "
         f"{config.dtype}; {config.steps} steps are {config.steps * config.accumulate / len(sampler):.1f} epochs of "
-        f"{len(data.train.labels):,} texts; run folder {config.out}"
+        f"{len(labels):,} texts; run folder {config.out}"
     )
     trainer.train()
     if not trainer.stop_requested:
-        _test(config, data, trainer.device, console)
+        _test(config.out, parts, report, trainer.device, console)
         tell(f'results in {config.out / "results.json"}; to use the classifier: pygpt classify {config.out} "a text"')
     return config.out
 
@@ -216,12 +212,33 @@ def _base(config: ClassifyConfig) -> tuple[GPT, Tokenizer]:
     return gpt, found
 
 
-def load_dataset(config: ClassifyConfig, tokenizer: Tokenizer | None, max_length: int, tell: Any) -> Dataset:
-    """Read, encode, balance and split; whatever is left out or cut is told and counted."""
+def load_parts(
+    config: ClassifyConfig, tokenizer: Tokenizer | None, max_length: int, tell: Callable[[str], None]
+) -> tuple[dict[str, Part], dict[str, Any]]:
+    """train, val and test, read, encoded, balanced and split; and what was counted on the way, which is told as well."""
+    found, report = encode_labelled(config, tokenizer, max_length, tell)
+    if config.balance == "subsample":
+        found = found.at(subsample(found.labels, config.seed))
+    rows = split(found.labels, config.val_share, config.test_share, config.seed)
+    parts = {name: found.at(part) for name, part in zip(("train", "val", "test"), rows, strict=True)}
+    report["texts"] = {name: dict(sorted(Counter(part.labels).items())) for name, part in parts.items()}
+    for name, counts in report["texts"].items():
+        tell(f"{name}: " + ", ".join(f"{count:,} {label}" for label, count in counts.items()))
+    seen = set(parts["train"].texts)
+    report["test_texts_seen_in_training"] = repeated = sum(text in seen for text in parts["test"].texts)
+    if repeated:
+        tell(f"{repeated:,} of {len(rows[2]):,} test texts are word for word among the training texts too")
+    return parts, report
+
+
+def encode_labelled(
+    config: ClassifyConfig, tokenizer: Tokenizer | None, max_length: int, tell: Callable[[str], None]
+) -> tuple[Part, dict[str, Any]]:
+    """All examples of the file, and how many texts were left out, by reason, or cut."""
     assert tokenizer is not None
     read = read_labelled(config.data, config.text_column, config.label_column, config.header, config.format)
-    skipped, texts, names, examples, truncated = read.skipped, [], [], [], 0
-    for text, name, line in zip(read.texts, read.labels, read.lines, strict=True):
+    found, skipped, truncated = Part([], [], []), read.skipped, 0
+    for text, label, line in zip(read.texts, read.labels, read.lines, strict=True):
         try:
             ids, is_long = encode_text(text, tokenizer, max_length)
         except InputError as error:
@@ -230,28 +247,14 @@ def load_dataset(config: ClassifyConfig, tokenizer: Tokenizer | None, max_length
             skipped[f"longer than {max_length} tokens"] += 1
             continue
         truncated += is_long
-        texts.append(text)
-        names.append(name)
-        examples.append(ids)
+        found.texts.append(text)
+        found.examples.append(ids)
+        found.labels.append(label)
     for reason, count in skipped.items():
-        tell(f"left out {count:,} of {len(texts) + skipped.total():,} texts: {reason}")
+        tell(f"left out {count:,} of {len(found.texts) + skipped.total():,} texts: {reason}")
     if truncated:
         tell(f"{truncated:,} texts are longer than {max_length} tokens and were cut there")
-    chosen = subsample(names, config.seed) if config.balance == "subsample" else range(len(names))
-    parts = split([names[i] for i in chosen], config.val_share, config.test_share, config.seed)
-    labels = sorted(set(names))
-    rows = [[chosen[i] for i in part] for part in parts]
-    train, val, test = (Part([examples[i] for i in part], [labels.index(names[i]) for i in part]) for part in rows)
-    counts = {name: dict(Counter(names[i] for i in part)) for name, part in zip(("train", "val", "test"), rows, strict=True)}
-    seen = {texts[i] for i in rows[0]}
-    repeated = sum(texts[i] in seen for i in rows[2])
-    tell("; ".join(f"{name}: " + ", ".join(f"{n:,} {label}" for label, n in c.items()) for name, c in counts.items()))
-    if repeated:
-        tell(f"{repeated:,} of {len(rows[2]):,} test texts are word for word among the training texts too")
-    report = {
-        "texts": counts, "skipped": dict(skipped), "truncated": truncated, "test_texts_seen_in_training": repeated,
-    }  # fmt: skip
-    return Dataset(labels, train, val, test, report)
+    return found, {"skipped": dict(skipped), "truncated": truncated}
 
 
 def freeze(model: Classifier, config: ClassifyConfig) -> None:
@@ -286,68 +289,25 @@ def _cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Te
 
 
 def _validate(model: Classifier, part: Part, weights: Tensor | None) -> dict[str, float]:
-    logits, labels = model.logits(part.examples), torch.tensor(part.labels)
+    logits, labels = model.logits(part.examples), torch.tensor(part.ids(model.labels))
     scores = Scores.of(model.labels, labels, logits.argmax(-1))
     loss = _cross_entropy(logits, labels, weights).item()
     return {"val_loss": loss, "val_accuracy": scores.accuracy, "val_macro_f1": scores.macro_f1}
 
 
-def _test(config: ClassifyConfig, data: Dataset, device: torch.device, console: Console) -> None:
+def _test(run: Path, parts: dict[str, Part], report: dict[str, Any], device: torch.device, console: Console) -> None:
     """Score the best checkpoint on all parts, print and write it."""
-    model = Classifier.from_pretrained(config.out).to(device)
-    rows = [row for row in read_metrics(config.out) if "val_loss" in row and row["step"] > 0]
-    results = {"best_step": min(rows, key=lambda row: row["val_loss"])["step"], "labels": data.labels, **data.report}
-    for name, part in (("train", data.train), ("val", data.val), ("test", data.test)):
-        scores = Scores.of(data.labels, part.labels, model.logits(part.examples).argmax(-1))
+    model = Classifier.from_pretrained(run).to(device)
+    losses = {row["val_loss"]: row["step"] for row in read_metrics(run)[::-1] if "val_loss" in row and row["step"] > 0}
+    results = {"best_step": losses[min(losses)], "labels": model.labels, **report}
+    for name, part in parts.items():
+        scores = Scores.of(model.labels, part.ids(model.labels), model.logits(part.examples).argmax(-1))
         results[name] = scores.as_dict()
         console.print(
             f"{name}: accuracy {scores.accuracy:.2%}, macro-F1 {scores.macro_f1:.4f}, {len(part.labels):,} texts"
         )
     title = f"test, best checkpoint (step {results['best_step']})"
     console.print(scores.table(title))
-    scores.plot(config.out / "confusion.png", title, console)
+    scores.plot(run / "confusion.png", title, console)
     text = json.dumps(results, indent=2, ensure_ascii=False)
-    (config.out / "results.json").write_text(text + "\n", encoding="utf-8")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PredictConfig:
-    """Put texts into the classes of a trained classifier: label, probability and text, one line each."""
-
-    run: Annotated[Path, tyro.conf.Positional]
-    """A classifier: its run's folder (the best checkpoint is used), or a model folder."""
-    texts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Texts to classify."""
-    file: Path | None = None
-    """Instead of texts: a .txt file with one text per line, or a .tsv, .csv or .jsonl file."""
-    text_column: str | None = None
-    """The text's column in that file: its name in the header, its JSON key, or its index from 0."""
-    header: bool | None = None
-    """Whether the file's first row is a header; by default it is where the column is found or given by name."""
-    format: str | None = None
-    """txt, tsv, csv or jsonl, where the file's name does not tell."""
-    batch_size: int = 32
-    """Texts in a batch."""
-    device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda, ..."""
-
-    def __post_init__(self) -> None:
-        if (not self.texts) == (self.file is None):
-            raise InputError("give either texts to classify or --file")
-        if self.batch_size < 1:
-            raise InputError(f"batch_size must be at least 1, got {self.batch_size}")
-
-
-def predict(config: PredictConfig) -> None:
-    """Print label, probability and text of each text, tab-separated; what was left out or cut goes to stderr."""
-    classifier = Classifier.from_pretrained(config.run).to(resolve_device(config.device))
-    texts = list(config.texts)
-    if config.file is not None:
-        texts, _, skipped = read_texts(config.file, config.text_column, config.header, config.format)
-        for reason, count in skipped.items():
-            print(f"left out {count:,} rows: {reason}", file=sys.stderr)
-    predictions = classifier.classify(texts, config.batch_size)
-    for text, prediction in zip(texts, predictions, strict=True):
-        print(f"{prediction.label}\t{prediction.probability:.4f}\t{' '.join(text.split())}")
-    if cut := sum(prediction.truncated for prediction in predictions):
-        print(f"{cut:,} texts are longer than {classifier.max_length} tokens and were cut there", file=sys.stderr)
+    (run / "results.json").write_text(text + "\n", encoding="utf-8")
