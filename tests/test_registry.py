@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
-import subprocess
 import sys
 import threading
 import zipfile
@@ -321,18 +319,13 @@ def test_default_cache_is_the_platforms(monkeypatch: pytest.MonkeyPatch, tmp_pat
         assert data_folder().name == "data"
 
 
-@pytest.mark.parametrize("missing", ["platformdirs", "requests"])
-def test_missing_package_names_the_extra(missing: str, site: Site, dataset: Dataset, tmp_path: Path) -> None:
-    script = (
-        "import sys\n"
-        f"sys.modules[{missing!r}] = None\n"  # import then fails as if the package were not installed
-        "from pygpt.cli import main\n"
-        "sys.exit(main(['data', 'get', 'tiny-shakespeare']))\n"
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "PYGPT_DATA" or missing == "requests"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert f"need the package {missing}: pip install 'pygpt-kernels[data]'" in done.stderr
+@pytest.mark.parametrize("missing", ["platformdirs", "requests", "filelock"])
+def test_missing_package_names_the_extra(missing: str, dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    if missing == "platformdirs":
+        monkeypatch.delenv("PYGPT_DATA")
+    monkeypatch.setitem(sys.modules, missing, None)  # importing it then fails as if it were not installed
+    with pytest.raises(InputError, match=rf"need the package {missing}: pip install 'pygpt-kernels\[data\]'"):
+        get_dataset("test")
 
 
 def test_list_names_everything(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from pygpt.model import GPT, PRESETS, GPTConfig
 from pygpt.tokenizer import TOKENIZER_FILE, Tokenizer, encode_prompt, load_tokenizer
 from pygpt.train.checkpoint import check_vocabulary, checkpoints, resolve_checkpoint
 from pygpt.train.trainer import TrainConfig, Trainer, check_run, remove_run
+from pygpt.word2vec import init_embeddings
 
 SMALL = {"n_layer": 6, "n_head": 6, "n_embd": 192, "block_size": 128}
 
@@ -39,6 +40,9 @@ class PretrainConfig(TrainConfig):
     """Delete what an earlier run left in OUT."""
     init_from: Path | None = None
     """Start from the weights of this run or model folder, which then decides the model's sizes."""
+    init_embeddings: Path | None = None
+    """Start the token embedding from the vectors in this file (word2vec's text format, dimension n_embd): those of
+    tokens that are in it, scaled to the size of the random ones they replace."""
     preset: str | None = None
     """A named size, e.g. gpt2 or gpt3-350m. The settings from n_layer to bias change single values of it."""
     n_layer: int | None = None
@@ -108,6 +112,12 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Path:
     train, val, tokenizer, vocab_size = load_data(data, console)
     torch.manual_seed(config.seed)
     model = _model(config, latest, tokenizer, vocab_size)
+    tell = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    if config.init_embeddings is not None and latest is None:
+        if tokenizer is None:
+            raise InputError(f"init_embeddings needs to know the text of each token: '{data}' has no {TOKENIZER_FILE}")
+        matched = init_embeddings(model, tokenizer, config.init_embeddings)
+        tell(f"{matched:,} of {tokenizer.vocab_size:,} tokens start from their vectors in {config.init_embeddings}")
     block_size = model.config.block_size
     _check_length(train, block_size)
     _check_length(val, block_size)
@@ -127,7 +137,6 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Path:
     if config.overwrite:
         remove_run(config.out)
     size = f"{model.get_num_params(non_embedding=False) / 1e6:.1f}M parameters"
-    tell = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     tell(f"{size} on {trainer.device} in {config.dtype}; {len(train):,} training tokens; run folder {config.out}")
     trainer.train()
     if checkpoints(config.out):
