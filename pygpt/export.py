@@ -8,6 +8,9 @@
 Every checkpoint's weights are in Hugging Face's layout already. What is added here is the tokenizer, in the format of the
 `tokenizers` library, and the ids of its special tokens. The exported tokenizer gives the ids that ours gives with
 `allowed_special="all"`. pygpt reads the folder, too.
+
+The harness wants a token to begin a text with. Where a character vocabulary has no end-of-text, which is so when it was
+made from a single file, name one: `--model_args pretrained=exported,prefix_token_id=0`.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class MultipleChoice:
 
     def __str__(self) -> str:
         figures = ((self.accuracy, "accuracy"), (self.accuracy_normalised, "length-normalised accuracy"))
-        text = ", ".join(f"{name} {value:.4f} ± {self._standard_error(value):.4f}" for value, name in figures)
+        text = ", ".join(f"{name} {value:.4f} +- {self._standard_error(value):.4f}" for value, name in figures)
         skipped = f"; {self.skipped:,} more skipped, longer than the model's block_size" * bool(self.skipped)
         return f"{self.questions:,} questions: {text}{skipped}"
 
