@@ -507,3 +507,55 @@ def test_metrics_are_json_lines(tmp_path):
     make_trainer(tmp_path, replace(SETTINGS, steps=2)).train()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 2]
+
+
+def test_training_stops_when_validation_no_longer_gets_better(tmp_path):
+    """The lowest loss, 2, is met at step 4; the same loss again is not lower, so that patience 3 ends with step 7."""
+    losses = iter([9.0, 5.0, 3.0, 4.0, 2.0, 2.0, 6.0, 2.0, 1.0])  # the first is the evaluation before training
+    config = replace(SETTINGS, eval_every=1, checkpoint_every=0, patience=3)
+    trainer = make_trainer(tmp_path, config, evaluate=lambda model: next(losses))
+    trainer.train()
+    assert trainer.step == 7
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000007"]
+    assert "stopped after step 7: 3 evaluations in a row without a lower validation loss" in printed(trainer)
+    again = resumed(tmp_path, config, evaluate=lambda model: next(losses))
+    again.train()
+    assert again.step == 7
+    more = resumed(tmp_path, replace(config, patience=4), evaluate=lambda model: next(losses, 8.0))
+    more.train()
+    assert more.step == 12  # 1.0 at step 8 was a new best
+    never = make_trainer(tmp_path / "never", replace(config, patience=0), evaluate=lambda model: 1.0)
+    never.train()
+    assert never.step == config.steps
+
+
+def test_an_evaluation_may_give_more_figures(tmp_path):
+    trainer = make_trainer(tmp_path, evaluate=lambda model: {"val_loss": 0.5, "val_macro_f1": 0.25})
+    trainer.train()
+    assert "step 20: validation loss 0.5000, macro f1 0.2500" in printed(trainer)
+    assert [row["val_macro_f1"] for row in read_metrics(tmp_path) if "val_loss" in row] == [0.25] * 5
+
+
+def test_frozen_parameters_stay_and_a_resumed_run_ends_with_the_same_bits(tmp_path):
+    def partly_frozen(model: GPT) -> GPT:
+        model.transformer.requires_grad_(False)
+        model.transformer.h[1].requires_grad_(True)
+        return model
+
+    start = make_model().state_dict()
+    whole = make_trainer(tmp_path / "whole", model=partly_frozen(make_model()))
+    whole.train()
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, start[name]) == (".h.1." not in name), name
+    config = replace(SETTINGS, keep=9)
+    make_trainer(tmp_path / "parts", config, partly_frozen(make_model())).train()
+    folder = tmp_path / "parts" / "checkpoints" / "step_00000010"
+    parts = make_trainer(tmp_path / "parts", config, partly_frozen(GPT.from_pretrained(folder)))
+    parts.resume(folder)
+    parts.train()
+    trained = [p for p in whole.model.parameters() if p.requires_grad]
+    for one, other in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert whole.optimizer.state.keys() == set(trained)
+    with pytest.raises(InputError, match="nothing to train"):
+        make_trainer(tmp_path / "none", model=make_model().requires_grad_(False))
