@@ -26,7 +26,7 @@ from pygpt.cli import main
 from pygpt.errors import InputError, MissingFileError
 from pygpt.export import ExportConfig, export
 from pygpt.tokenizer import CharTokenizer, Tokenizer
-from pygpt.train.multiple_choice import answer, loglikelihoods, read_questions
+from pygpt.train.multiple_choice import answer, encode_question, loglikelihoods, read_questions
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: nothing can read an export")
 
@@ -211,9 +211,7 @@ def test_lm_evaluation_harness_agrees(gpt2, tmp_path):
     assert result.accuracy_normalised == pytest.approx(theirs["acc_norm,none"])
     for sample, question in zip(sorted(samples, key=lambda sample: sample["doc_id"]), questions, strict=True):
         assert (sample["doc"]["query"], sample["doc"]["choices"]) == (question.context, question.endings)
-        encode = get_tokenizer().encode
-        start = len(encode(question.context.rstrip()))
-        rows = [(np.array(encode(f"{question.context} {ending}")), start) for ending in question.endings]
+        rows = encode_question(question, get_tokenizer())
         expected = [float(response[0]) for response in sample["filtered_resps"]]
         np.testing.assert_allclose(loglikelihoods(model, rows), expected, rtol=1e-5)
 

@@ -70,7 +70,7 @@ def answer(
     into the model's block_size."""
     block_size, asked, rows = model.config.block_size, [], []
     for question in questions:
-        encoded = _encode(question, tokenizer)
+        encoded = encode_question(question, tokenizer)
         if max(len(tokens) for tokens, _ in encoded) - 1 <= block_size:  # the last token is predicted, not read
             asked.append(question)
             rows += encoded
@@ -87,6 +87,20 @@ def answer(
         lengths = np.array([len(ending) for ending in question.endings])
         right_normalised += int((score / lengths).argmax() == question.label)
     return MultipleChoice(len(asked), len(questions) - len(asked), right / len(asked), right_normalised / len(asked))
+
+
+def encode_question(question: Question, tokenizer: Tokenizer) -> list[tuple[IDS, int]]:
+    """For each ending the token ids of context, blank and ending, int64 (T,), and how many of them are the context's.
+
+    A blank that ends the context belongs to the ending, whose first token it usually begins. Raises InputError, which
+    names the line, for a character that the tokenizer lacks.
+    """
+    try:
+        context = len(tokenizer.encode(question.context.rstrip(), allowed_special="all"))
+        texts = [f"{question.context} {ending}" for ending in question.endings]
+        return [(np.array(tokenizer.encode(text, allowed_special="all"), np.int64), context) for text in texts]
+    except InputError as error:
+        raise InputError(f"the question in line {question.line}: {error}") from error
 
 
 @torch.no_grad()
@@ -178,16 +192,3 @@ def _clean(text: str) -> str:
     """As the harness does it. [header], [title], [step] and the like are left over from WikiHow's pages."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
-
-
-def _encode(question: Question, tokenizer: Tokenizer) -> list[tuple[IDS, int]]:
-    """For each ending the token ids of context, blank and ending, and how many of them are the context's.
-
-    A blank that ends the context belongs to the ending, whose first token it usually begins.
-    """
-    try:
-        context = len(tokenizer.encode(question.context.rstrip(), allowed_special="all"))
-        texts = [f"{question.context} {ending}" for ending in question.endings]
-        return [(np.array(tokenizer.encode(text, allowed_special="all"), np.int64), context) for text in texts]
-    except InputError as error:  # a character that a character vocabulary lacks
-        raise InputError(f"the question in line {question.line}: {error}") from error
