@@ -18,7 +18,7 @@ Heads heads(const Tensor& x) { return {mutable_data(x), x.stride(0), x.stride(1)
 Attention describe(const Tensor& q, const Tensor& k, const Tensor& v, double scale, double dropout_p,
                    const std::optional<Tensor>& seed, const char* op) {
   PYGPT_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && q.size(0) == k.size(0) && q.size(2) == k.size(2) &&
-                  q.size(3) == k.size(3) && k.sizes() == v.sizes() && k.size(1) >= q.size(1),
+                  q.size(3) == k.size(3) && same_shape(k, v) && k.size(1) >= q.size(1),
               op, ": q must be (B, T, H, D) and k, v (B, S, H, D) with S >= T");
   PYGPT_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(), op, ": q, k and v must have one dtype");
   PYGPT_CHECK(q.size(3) >= 1 && q.size(3) <= kMaxHeadDim, op, ": the head dimension must be 1 to 256");
@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor q, Tensor k, Ten
                                             double dropout_p, std::optional<Tensor> seed) {
   const char* op = "causal_attention_backward";
   PYGPT_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, op, ": q, k and v must have 4 dimensions");
-  PYGPT_CHECK(grad.sizes() == q.sizes() && out.sizes() == q.sizes() && grad.scalar_type() == q.scalar_type() &&
+  PYGPT_CHECK(same_shape(grad, q) && same_shape(out, q) && grad.scalar_type() == q.scalar_type() &&
                   out.scalar_type() == q.scalar_type(),
               op, ": grad and out must match q in shape and dtype");
   q = rows(q);
