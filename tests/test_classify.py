@@ -258,20 +258,23 @@ def test_a_tiny_model_learns_and_predicts_right(base, train):
 
 def test_the_results_are_those_of_the_best_checkpoint(base):
     data = labelled(base.parent, {"spam": 40, "ham": 160})
+    lines = [line.split("\t") for line in data.read_text().splitlines()]
+    for number in range(0, 200, 10):  # a few wrong labels, which can only be learned by heart
+        lines[number][0] = "spam" if lines[number][0] == "ham" else "ham"
+    data.write_text("".join(f"{label}\t{text}\n" for label, text in lines))
     _, results = finetuned(settings(base, data, steps=100, learning_rate=3e-2, eval_every=10))
     run = base.parent / "run"
     rows = {row["step"]: row for row in read_metrics(run) if "val_loss" in row and row["step"] > 0}
     assert len(rows) == 10
-    assert results["best_step"] == min(rows, key=lambda step: rows[step]["val_loss"])
+    assert results["best_step"] == min(rows, key=lambda step: rows[step]["val_loss"]) < 100  # the last is another one
     model = Classifier.from_pretrained(run)
-    lines = [line.split("\t") for line in data.read_text().splitlines()]
     right = sum(p.label == label for p, (label, _) in zip(model.classify([t for _, t in lines]), lines, strict=True))
     parts = [results[part] for part in ("train", "val", "test")]
     assert [part["examples"] for part in parts] == [140, 20, 40]
     assert right == sum(part["confusion"][k][k] for part in parts for k in (0, 1))
     assert results["val"]["accuracy"] == rows[results["best_step"]]["val_accuracy"]
     assert results["val"]["macro_f1"] == rows[results["best_step"]]["val_macro_f1"]
-    assert results["texts"]["test"] == {"ham": 32, "spam": 8}
+    assert results["texts"]["test"] == dict(zip(("ham", "spam"), map(sum, results["test"]["confusion"]), strict=True))
 
 
 def test_training_stops_early_and_resuming_it_changes_nothing(base):

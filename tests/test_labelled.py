@@ -236,6 +236,8 @@ def test_an_epoch_has_every_example_once_with_its_label():
                 assert torch.equal(row, torch.cat([label.expand(size), torch.zeros(idx.shape[1] - size)]).long())
             seen += labels.tolist()
         assert sorted(seen) == list(range(333))
+    epochs = [{frozenset(sampler.batch(42 * epoch + i)[2].tolist()) for i in range(42)} for epoch in range(2)]
+    assert len(epochs[0] & epochs[1]) < 3  # who shares a batch is drawn anew
 
 
 def test_batches_are_a_function_of_seed_and_step():
@@ -254,7 +256,7 @@ def test_buckets_save_padding_and_their_order_tells_nothing():
     sampler = LengthBuckets(examples_of(lengths), [0] * 512, 8)
     batches = [sampler.batch(step) for step in range(len(sampler))]
     padded = sum(idx.numel() for idx, _, _ in batches)
-    assert padded < 1.15 * sum(lengths)  # in random batches it is nearly twice the tokens
+    assert padded < 1.2 * sum(lengths)  # in random batches it is nearly twice the tokens
     widths = [idx.shape[1] for idx, _, _ in batches]
     assert abs(np.corrcoef(widths, range(len(widths)))[0, 1]) < 0.5
 

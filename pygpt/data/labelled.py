@@ -300,7 +300,7 @@ class LengthBuckets:
         seed: 0 to 2**63 - 1.
     """
 
-    BUCKET = 32
+    BUCKET = 16  # on SMS messages 18% of what is computed is padding, instead of 125%; larger ones mix an epoch less
 
     def __init__(self, examples: Sequence[IDS], labels: Sequence[int], batch_size: int, seed: int = 0) -> None:
         if not examples or len(examples) != len(labels):
