@@ -39,7 +39,7 @@ def random_model(folder: Path, tokenizer: Tokenizer | None = None, block_size: i
 def test_loss_is_that_of_transformers_on_the_same_windows(tmp_path, batch_size):
     random_model(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).double().eval()
     ids = torch.tensor(get_tokenizer().encode(TEXT))
     nats = 0.0
     for start in range(0, len(ids) - 1, 32):

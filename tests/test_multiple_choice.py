@@ -105,7 +105,7 @@ def test_scores_are_those_of_transformers(model, tmp_path):
 
     model.save_pretrained(tmp_path / "model")
     folder = export(ExportConfig(run=tmp_path / "model", out=tmp_path / "exported"))
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).double().eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     questions = read_questions(written(tmp_path, *PUBLISHED, *OWN))
     expected, rows, right, normalised = [], [], 0, 0
