@@ -381,7 +381,7 @@ def test_help_explains_every_setting(command, capsys):
     out = capsys.readouterr().out
     # tyro leaves the text of a setting without a docstring empty, so that its default follows at once.
     assert not re.search(r"--[a-z-]+ \S+\s+│\n│\s+\(default", out)
-    assert {"pretrain": "Adam's decay rates", "prepare": "Python's standard library"}.get(command, "") in out
+    assert {"pretrain": "Adam's decay rates", "prepare": "Folder for train.bin"}.get(command, "") in out
 
 
 def test_a_reader_that_goes_away(run):

@@ -233,25 +233,25 @@ def test_repetition_penalty_is_about_prompt_and_answer_of_its_own_row(model):
 
 def test_tokens_are_drawn_with_their_probabilities():
     """Evenly spaced numbers hit each token in proportion to its probability; impossible ones never."""
-    p = torch.tensor([0.4, 0.0, 0.3, 0.15, 0.1, 0.05, 0.0])
+    p = torch.tensor([0.0, 0.4, 0.0, 0.3, 0.15, 0.1, 0.05, 0.0])
     n = 20000
     logits, uniform = p.log().repeat(n, 1), torch.arange(n, dtype=torch.float64) / n
 
     def frequencies(**settings) -> torch.Tensor:
-        return Sampling(**settings).sample(logits, uniform).bincount(minlength=7) / n
+        return Sampling(**settings).sample(logits, uniform).bincount(minlength=8) / n
 
     def close(found: torch.Tensor, expected: list[float]) -> bool:
         return torch.allclose(found, torch.tensor(expected, dtype=found.dtype), atol=2 / n)
 
     assert close(frequencies(), p.tolist())
     assert close(frequencies(temperature=0.5), (p**2 / (p**2).sum()).tolist())
-    assert close(frequencies(top_k=2), [4 / 7, 0, 3 / 7, 0, 0, 0, 0])
-    assert close(frequencies(top_p=0.69), [4 / 7, 0, 3 / 7, 0, 0, 0, 0])
-    assert close(frequencies(top_p=1e-6), [1, 0, 0, 0, 0, 0, 0])
-    assert close(frequencies(temperature=0), [1, 0, 0, 0, 0, 0, 0])
-    assert close(frequencies(temperature=1e-300), [1, 0, 0, 0, 0, 0, 0])
+    assert close(frequencies(top_k=2), [0, 4 / 7, 0, 3 / 7, 0, 0, 0, 0])
+    assert close(frequencies(top_p=0.69), [0, 4 / 7, 0, 3 / 7, 0, 0, 0, 0])
+    assert close(frequencies(top_p=1e-6), [0, 1, 0, 0, 0, 0, 0, 0])
+    assert close(frequencies(temperature=0), [0, 1, 0, 0, 0, 0, 0, 0])
+    assert close(frequencies(temperature=1e-300), [0, 1, 0, 0, 0, 0, 0, 0])
     largest = torch.tensor([np.nextafter(1.0, 0.0)], dtype=torch.float64)
-    assert Sampling().sample(logits[:1], largest).item() == 5
+    assert Sampling().sample(logits[:1], largest).item() == 6
     tied = torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0]])  # as likely as the k-th, and as the last that top_p needs
     assert (Sampling(top_k=2).probabilities(tied) > 0).tolist() == [[False, True, True, False, True]]
     assert (Sampling(top_p=0.3).probabilities(tied) > 0).tolist() == [[False, True, True, False, True]]
