@@ -36,12 +36,17 @@ def model() -> GPT:
     return sharp_model()
 
 
-@pytest.fixture(params=["eager", "cpp"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "cpp" and backends.extension is None:
+GPU = [(name, "cuda") for name in ("eager", "cuda", "triton") if torch.cuda.is_available() and backends.ready(name)]
+
+
+@pytest.fixture(params=[("eager", "cpu"), ("cpp", "cpu"), *GPU], ids="-".join)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend of this machine in turn, forced, and the device it is for."""
+    name, device = request.param
+    if not backends.ready(name):
         pytest.skip("pygpt._C is not built: there are no compiled CPU kernels to test")
-    with use_backend(request.param):
-        yield request.param
+    with use_backend(name):
+        yield device
 
 
 def without_cache(model: GPT, prompt: list[int], steps: int) -> list[int]:
@@ -50,7 +55,7 @@ def without_cache(model: GPT, prompt: list[int], steps: int) -> list[int]:
     for _ in range(steps):
         if len(context) > block_size:
             context = context[-max(1, block_size // 2) :]
-        token = int(model(torch.tensor([context]))[0][0, -1].argmax())
+        token = int(model(torch.tensor([context], device=model.lm_head.weight.device))[0][0, -1].argmax())
         ids.append(token)
         context.append(token)
     return ids
@@ -61,28 +66,30 @@ def random_prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
     return [torch.randint(V, (length,), generator=generator).tolist() for length in lengths]
 
 
-def test_greedy_equals_no_cache_for_200_tokens(backend):
+def test_greedy_equals_no_cache_for_200_tokens(device):
     """Alone, in a batch of equal lengths, and in one of different lengths."""
-    model = sharp_model(block_size=256)
+    model = sharp_model(block_size=256).to(device)
     prompts = random_prompts(7, 1, 30, 7)
     expected = [without_cache(model, prompt, 200) for prompt in prompts]
     assert all(len(set(row[-200:])) > 10 for row in expected)  # no constants
     assert model.generate(prompts, 200, temperature=0) == expected
     for row in (0, 1):
-        assert model.generate(torch.tensor(prompts[row : row + 1]), 200, temperature=0).tolist() == [expected[row]]
-    equal = torch.tensor([prompts[0], prompts[3]])
+        assert model.generate(torch.tensor(prompts[row : row + 1], device=device), 200, temperature=0).tolist() == [
+            expected[row]
+        ]
+    equal = torch.tensor([prompts[0], prompts[3]], device=device)
     assert model.generate(equal, 200, temperature=0).tolist() == [expected[0], expected[3]]
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 3, 16, 17])
-def test_past_block_size_equals_no_cache(backend, block_size):
+def test_past_block_size_equals_no_cache(device, block_size):
     """Each row follows the rule on its own: rows reach the end of the context at different steps, several times."""
-    model = sharp_model(block_size=block_size)
+    model = sharp_model(block_size=block_size).to(device)
     prompts = random_prompts(*(max(1, block_size - i) for i in (5, 0, 1, 12, 3, 0)))
     expected = [without_cache(model, prompt, 60) for prompt in prompts]
     assert model.generate(prompts, 60, temperature=0) == expected
     assert model.generate(prompts[:1], 60, temperature=0) == expected[:1]
-    assert model.generate(torch.tensor(prompts[1:2]), 60, temperature=0).tolist() == expected[1:2]
+    assert model.generate(torch.tensor(prompts[1:2], device=device), 60, temperature=0).tolist() == expected[1:2]
 
 
 def test_rows_that_end_leave_the_batch(model, monkeypatch):
