@@ -23,6 +23,7 @@ from pygpt.ops import backends
 from pygpt.train import EvaluateConfig, PretrainConfig, evaluate, pretrain
 from pygpt.train.classify import ClassifyConfig, finetune_classify
 from pygpt.train.evaluate import LabelledEvaluation
+from pygpt.train.instruct import InstructConfig, finetune_instruct
 from pygpt.train.predict import PredictConfig, predict
 
 
@@ -33,7 +34,7 @@ class InfoConfig:
 
 Finetune = (
     Annotated[ClassifyConfig, tyro.conf.subcommand("classify")]
-    | Annotated[None, tyro.conf.subcommand("instruct")]  # tyro wants at least two
+    | Annotated[InstructConfig, tyro.conf.subcommand("instruct")]
 )
 Command = (
     Annotated[InfoConfig, tyro.conf.subcommand("info")]
@@ -85,6 +86,9 @@ def run(command: object) -> None:
         case ClassifyConfig():
             pygpt.tune_allocator()
             finetune_classify(command, console)
+        case InstructConfig():
+            pygpt.tune_allocator()
+            finetune_instruct(command, console)
         case PredictConfig():
             predict(command)
         case GenerateConfig():

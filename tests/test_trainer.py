@@ -407,7 +407,7 @@ def test_a_failed_write_leaves_the_checkpoints_as_they_were(tmp_path):
         def save(self, folder: Path) -> None:
             raise OSError("no space left on device")
 
-    trainer.tokenizer = FullDisk()
+    trainer.beside = [FullDisk()]
     before = (resolve_checkpoint(tmp_path) / "model.safetensors").read_bytes()
     with torch.no_grad():
         trainer.model.transformer.wte.weight.zero_()

@@ -99,18 +99,17 @@ def _conversation(place: str, entry: Any) -> list[Message]:
         raise InputError(f"{place}: not a JSON object but {str(entry)[:60]}")
     if "messages" in entry:
         return _messages(place, entry["messages"])
-    texts = {}
-    for name in ("instruction", "input", "output"):
-        texts[name] = entry.get(name, None if name != "input" else "")
-        if texts[name] is None and name in entry and name == "input":
-            texts[name] = ""
-        if not isinstance(texts[name], str):
-            what = f"is {json.dumps(texts[name])[:60]}, which is not text" if name in entry else "is missing"
-            raise InputError(f"{place}: '{name}' {what}; an entry has instruction, input, output, or messages")
-    question = {"role": "user", "content": texts["instruction"].strip()}
-    if texts["input"].strip():
-        question["input"] = texts["input"].strip()
-    return [question, {"role": "assistant", "content": texts["output"].strip()}]
+    instruction, output = (_text(place, entry, name) for name in ("instruction", "output"))
+    about = _text(place, entry, "input") if entry.get("input") is not None else ""
+    question = {"role": "user", "content": instruction} | ({"input": about} if about else {})
+    return [question, {"role": "assistant", "content": output}]
+
+
+def _text(place: str, entry: dict[str, Any], name: str) -> str:
+    if not isinstance(entry.get(name), str):
+        what = f"is {json.dumps(entry[name])[:60]}, which is not text" if name in entry else "is missing"
+        raise InputError(f"{place}: '{name}' {what}; an entry has instruction, output and perhaps input, or messages")
+    return entry[name].strip()
 
 
 def _messages(place: str, messages: Any) -> list[Message]:
@@ -122,7 +121,9 @@ def _messages(place: str, messages: Any) -> list[Message]:
     conversation = [{"role": message["role"], "content": message["content"].strip()} for message in messages]
     check_turns(place, conversation)
     if conversation[-1]["role"] != "assistant":
-        raise InputError(f"{place}: the last message is the {conversation[-1]['role']}'s; there is no answer to learn from")
+        raise InputError(
+            f"{place}: the last message is the {conversation[-1]['role']}'s; there is no answer to learn from"
+        )
     return conversation
 
 
@@ -246,7 +247,9 @@ def get_template(name_or_path: str | Path) -> Template:
         raise InputError(f"'{path}' must be a JSON object with user and perhaps {', '.join(set(known) - {'user'})}")
     for name, value in settings.items():
         if not isinstance(value, known[name]) or (name == "stop" and not all(isinstance(v, str) and v for v in value)):
-            raise InputError(f"'{path}': {name} must be {'a list of texts' if name == 'stop' else 'text'}, got {value!r}")
+            raise InputError(
+                f"'{path}': {name} must be {'a list of texts' if name == 'stop' else 'text'}, got {value!r}"
+            )
     return Template(**settings)
 
 
@@ -322,7 +325,9 @@ class PackedBatches:
         self.batch_size, self._seed = _positive("batch_size", batch_size), _seed(seed)
         longest = max((len(example.idx) for example in examples), default=0)
         if not 0 < longest <= block_size:
-            raise InputError(f"an example has {longest} tokens; a row of block_size {block_size} holds 1 to {block_size}")
+            raise InputError(
+                f"an example has {longest} tokens; a row of block_size {block_size} holds 1 to {block_size}"
+            )
         rows: list[list[Example]] = []
         room: list[int] = []
         for i in _order(self._seed, 0, len(examples)):

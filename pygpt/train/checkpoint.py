@@ -15,10 +15,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -34,6 +34,12 @@ from pygpt.tokenizer import Tokenizer
 from pygpt.train.lora import has_lora, merged
 
 TEMPORARY, OLD = ".tmp-", ".old-"
+
+
+class Saved(Protocol):
+    """What is saved beside a model: a tokenizer, a template."""
+
+    def save(self, folder: Path) -> Path: ...
 
 
 def check_vocabulary(folder: Path, vocab_size: int, data_tokenizer: Tokenizer | None, data_vocab_size: int) -> None:
@@ -52,14 +58,15 @@ def save_checkpoint(
     step: int,
     model: GPT | Classifier,
     optimizer: torch.optim.Optimizer,
-    tokenizer: Tokenizer | None,
+    beside: Sequence[Saved],
     settings: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write the state after `step` steps, then delete all but the newest `keep` checkpoints."""
+    """Write the state after `step` steps, then delete all but the newest `keep` checkpoints. beside: what else belongs to
+    the model."""
     final = run / "checkpoints" / f"step_{step:08d}"
     with _written_as(final) as folder:
-        _save_model(folder, model, tokenizer)
+        _save_model(folder, model, beside)
         save_file(_tensors(model, optimizer), folder / "training.safetensors")
         training = {"step": step, "settings": settings}
         (folder / "training.json").write_text(json.dumps(training, indent=2) + "\n", encoding="utf-8")
@@ -68,11 +75,11 @@ def save_checkpoint(
     return final
 
 
-def save_best(run: Path, model: GPT | Classifier, tokenizer: Tokenizer | None) -> Path:
+def save_best(run: Path, model: GPT | Classifier, beside: Sequence[Saved]) -> Path:
     """Write the model alone to RUN/checkpoints/best: the one with the lowest validation loss so far."""
     final = run / "checkpoints" / "best"
     with _written_as(final) as folder:
-        _save_model(folder, model, tokenizer)
+        _save_model(folder, model, beside)
     return final
 
 
@@ -85,11 +92,11 @@ def remove_leftovers(run: Path) -> None:
             shutil.rmtree(folder)
 
 
-def _save_model(folder: Path, model: GPT | Classifier, tokenizer: Tokenizer | None) -> None:
+def _save_model(folder: Path, model: GPT | Classifier, beside: Sequence[Saved]) -> None:
     with merged(model):
         model.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save(folder)
+    for part in beside:
+        part.save(folder)
 
 
 @contextmanager

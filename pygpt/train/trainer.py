@@ -23,6 +23,7 @@ from rich.console import Console
 from torch import Tensor
 
 from pygpt.classifier import Classifier
+from pygpt.data.instructions import Template
 from pygpt.errors import InputError, MissingFileError, PygptError
 from pygpt.model import GPT
 from pygpt.optim import build_optimizer, clip_grad_norm, cosine_with_warmup
@@ -132,7 +133,7 @@ class Trainer:
     batch: micro-step -> tensors (a pure function, so that a resumed run sees the same batches), the last of them the
     targets, of which negative ones are ignored. The loss is model(*tensors)[1], a mean over targets, unless
     `loss_fn(model, tensors)` is given. evaluate: model -> validation loss, or {"val_loss": ..., ...} with other figures to
-    write down. sample: model -> text to show. tokenizer: saved with each checkpoint.
+    write down. sample: model -> text to show. tokenizer, template: saved with each checkpoint.
     """
 
     def __init__(
@@ -146,6 +147,7 @@ class Trainer:
         evaluate: Callable[[Any], float | dict[str, float]] | None = None,
         sample: Callable[[Any], str] | None = None,
         tokenizer: Tokenizer | None = None,
+        template: Template | None = None,
         console: Console | None = None,
     ) -> None:
         self.device = resolve_device(config.device)
@@ -154,7 +156,8 @@ class Trainer:
         if not any(trained):
             raise InputError("nothing to train: every parameter of the model is frozen")
         self.config, self.run, self.batch, self.loss_fn = config, Path(run), batch, loss_fn
-        self.evaluate, self.sample, self.tokenizer = evaluate, sample, tokenizer
+        self.evaluate, self.sample = evaluate, sample
+        self.beside = [part for part in (tokenizer, template) if part is not None]
         self.console = console or Console()
         self.optimizer = build_optimizer(
             self.model, weight_decay=config.weight_decay, learning_rate=config.learning_rate, betas=config.betas
@@ -231,9 +234,7 @@ class Trainer:
         settings = {
             key: value if not isinstance(value, Path) else str(value) for key, value in asdict(self.config).items()
         }
-        return save_checkpoint(
-            self.run, self.step, self.model, self.optimizer, self.tokenizer, settings, self.config.keep
-        )
+        return save_checkpoint(self.run, self.step, self.model, self.optimizer, self.beside, settings, self.config.keep)
 
     def _train_step(self) -> tuple[Tensor, Tensor, int]:
         """One optimizer step -> mean loss, gradient norm, number of tokens. Waits for nothing on the device."""
@@ -310,7 +311,7 @@ class Trainer:
         )
         self.console.print(f"step {self.step}: validation {figures}")
         if is_best and self.step > 0:
-            save_best(self.run, self.model, self.tokenizer)
+            save_best(self.run, self.model, self.beside)
 
     def _out_of_patience(self) -> bool:
         return 0 < self.config.patience <= evaluations_since_best(self.run)
@@ -395,5 +396,5 @@ def remove_run(run: Path) -> None:
     for name in ("checkpoints", "tensorboard"):
         if (run / name).exists():
             shutil.rmtree(run / name)
-    for name in ("metrics.jsonl", "loss.png", "results.json", "confusion.png"):
+    for name in ("metrics.jsonl", "loss.png", "results.json", "confusion.png", "answers.jsonl"):
         (run / name).unlink(missing_ok=True)
