@@ -320,6 +320,9 @@ def test_a_run_that_cannot_go_on(base):
     with pytest.raises(InputError, match=r"train was all .* head now"):
         finetuned(replace(config, resume=True, steps=30, train="head"))
     labelled(base.parent, {"spam": 30, "other": 50})
+    with pytest.raises(InputError, match="the labelled texts are not those that"):
+        finetuned(replace(config, resume=True, steps=30))
+    (config.out / "dataset.json").unlink()
     with pytest.raises(InputError, match="label 'other' is unknown: the classifier's labels are ham, spam"):
         finetuned(replace(config, resume=True, steps=30))
     _, results = finetuned(replace(config, overwrite=True))
@@ -393,6 +396,21 @@ def test_a_base_without_tokenizer(tmp_path):
     make_base().save_pretrained(tmp_path / "base")
     with pytest.raises(InputError, match="does not say which tokenizer"):
         finetuned(settings(tmp_path / "base", labelled(tmp_path, {"a": 9, "b": 9})))
+
+
+def test_a_length_beyond_the_models(base):
+    data = labelled(base.parent, {"a": 9, "b": 9})
+    with pytest.raises(InputError, match=r"max_length must be from 1 to the model's block_size \(24\), got 25"):
+        finetuned(settings(base, data, max_length=25))
+
+
+def test_labels_are_printed_as_they_are(base):
+    data = base.parent / "data.tsv"
+    data.write_text("[b]\tone\n[/b]\ttwo\n$x_$\tthree\n" * 9)
+    printed, results = finetuned(settings(base, data, steps=1))
+    assert results["labels"] == ["$x_$", "[/b]", "[b]"]
+    assert all(label in printed.split("predicted", 1)[1] for label in results["labels"])
+    assert (base.parent / "run" / "confusion.png").is_file()
 
 
 def test_freezing_more_blocks_than_there_are(base):

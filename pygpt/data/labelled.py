@@ -246,7 +246,7 @@ def split(labels: Sequence[Hashable], val: float, test: float, seed: int) -> tup
         if len(group) < 3:
             raise InputError(
                 f"the label '{label}' has {len(group)} example{'s' * (len(group) > 1)}, and each of training, validation "
-                f"and test needs one; if it is a column's name, the file has a header: --header"
+                f"and test needs one; if it is a column's name, the file has a header: --header True"
             )
         n_val = max(1, round(len(group) * val))
         n_test = min(max(1, round(len(group) * test)), len(group) - n_val - 1)

@@ -5,6 +5,7 @@ pygpt finetune classify --init-from runs/base --data SMSSpamCollection.tsv --bal
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -77,7 +78,7 @@ class ClassifyConfig(TrainConfig):
     val_share: float = 0.1
     """Share of each label's examples for validation."""
     test_share: float = 0.2
-    """Share of each label's examples for the test at the end."""
+    """Share of each label's examples for the test at the end. The seed decides which ones."""
     max_length: int | None = None
     """Tokens of a text that are read; by default the model's block_size."""
     long: str = "truncate"
@@ -123,6 +124,8 @@ class ClassifyConfig(TrainConfig):
             raise InputError(f"unknown preset '{self.preset}': choose one of {', '.join(PRESETS)}")
 
 
+DATASET_FILE = "dataset.json"  # in the run's folder: what was counted while the data were read
+
 # What may differ between a run and its continuation: how long, how often, where - not what is computed per step.
 CHANGEABLE = (
     "steps", "resume", "overwrite", "out", "data", "init_from", "eval_every", "patience", "checkpoint_every", "keep",
@@ -161,12 +164,13 @@ def finetune_classify(config: ClassifyConfig, console: Console | None = None) ->
     torch.manual_seed(config.seed)
     if latest is None:
         gpt, tokenizer = _base(config)
-        max_length = min(config.max_length or gpt.config.block_size, gpt.config.block_size)
+        max_length = config.max_length or gpt.config.block_size
         parts, report = load_parts(config, tokenizer, max_length, tell)
         model = Classifier(gpt, sorted(set(parts["train"].labels)), tokenizer, max_length)
     else:
         model = Classifier.from_pretrained(latest)
         parts, report = load_parts(config, model.tokenizer, model.max_length, tell)
+        _check_same_data(config.out, report)
     freeze(model, config)
     labels = parts["train"].ids(model.labels)
     sampler = LengthBuckets(parts["train"].examples, labels, config.batch_size, config.seed)
@@ -185,6 +189,7 @@ def finetune_classify(config: ClassifyConfig, console: Console | None = None) ->
         f"{config.dtype}; {config.steps} steps are {config.steps * config.accumulate / len(sampler):.1f} epochs of "
         f"{len(labels):,} texts; run folder {config.out}"
     )
+    _write_json(config.out / DATASET_FILE, report)
     trainer.train()
     if not trainer.stop_requested:
         _test(config.out, parts, report, trainer.device, console)
@@ -234,7 +239,7 @@ def load_parts(
 def encode_labelled(
     config: ClassifyConfig, tokenizer: Tokenizer | None, max_length: int, tell: Callable[[str], None]
 ) -> tuple[Part, dict[str, Any]]:
-    """All examples of the file, and how many texts were left out, by reason, or cut."""
+    """All examples of the file; how many texts were left out, by reason, or cut; and the examples' SHA-256."""
     assert tokenizer is not None
     read = read_labelled(config.data, config.text_column, config.label_column, config.header, config.format)
     found, skipped, truncated = Part([], [], []), read.skipped, 0
@@ -254,7 +259,8 @@ def encode_labelled(
         tell(f"left out {count:,} of {len(found.texts) + skipped.total():,} texts: {reason}")
     if truncated:
         tell(f"{truncated:,} texts are longer than {max_length} tokens and were cut there")
-    return found, {"skipped": dict(skipped), "truncated": truncated}
+    digest = hashlib.sha256(json.dumps([found.texts, found.labels]).encode()).hexdigest()
+    return found, {"skipped": dict(skipped), "truncated": truncated, "sha256": digest}
 
 
 def freeze(model: Classifier, config: ClassifyConfig) -> None:
@@ -309,5 +315,16 @@ def _test(run: Path, parts: dict[str, Part], report: dict[str, Any], device: tor
     title = f"test, best checkpoint (step {results['best_step']})"
     console.print(scores.table(title))
     scores.plot(run / "confusion.png", title, console)
-    text = json.dumps(results, indent=2, ensure_ascii=False)
-    (run / "results.json").write_text(text + "\n", encoding="utf-8")
+    _write_json(run / "results.json", results)
+
+
+def _check_same_data(run: Path, report: dict[str, Any]) -> None:
+    """Other examples would be split anew, and what was trained on could end up in the test."""
+    file = run / DATASET_FILE
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8"))["sha256"] != report["sha256"]:
+        raise InputError(f"cannot resume: the labelled texts are not those that '{run}' was trained on")
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

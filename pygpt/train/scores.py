@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pygpt.errors import InputError
 
@@ -61,9 +62,9 @@ class Scores:
         """The confusion matrix for a terminal."""
         table = Table("true \\ predicted", title=title)
         for label in self.labels:
-            table.add_column(label, justify="right")
+            table.add_column(Text(label), justify="right")
         for label, row in zip(self.labels, self.confusion, strict=True):
-            table.add_row(label, *(f"{count:,}" for count in row))
+            table.add_row(Text(label), *(f"{count:,}" for count in row))
         return table
 
     def plot(self, file: Path, title: str, console: Console) -> Path | None:
