@@ -7,6 +7,7 @@ pygpt embeddings runs/mine --export vectors.txt
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -53,7 +54,8 @@ class EmbeddingsConfig:
     """Draw a map of this many tokens made of letters: the most frequent in --data, or without it the first of the
     vocabulary, which byte-pair encoding orders by frequency, roughly."""
     data: Path | None = None
-    """Folder that `pygpt prepare` wrote, whose training tokens --map-top counts."""
+    """Folder that `pygpt prepare` wrote. Only tokens of its training part are shown as neighbours or counted for
+    --map-top; others that the model has never seen have vectors that mean nothing."""
     method: Literal["pca", "tsne"] = "pca"
     """pca keeps distances as far as two dimensions can; tsne keeps neighbourhoods."""
     seed: int = 0
@@ -70,8 +72,8 @@ class EmbeddingsConfig:
                 raise InputError(f"{name} must be at least 1, got {value}")
         if not (self.near or self.maps or self.export):
             raise InputError("nothing to do: ask for --near, --map, --map-file, --map-top or --export")
-        if self.data is not None and self.map_top is None:
-            raise InputError("data is for map_top: it says which tokens are the most frequent")
+        if self.data is not None and not self.near and self.map_top is None:
+            raise InputError("data is for near and map_top: it says which tokens occur, and how often")
 
     @property
     def maps(self) -> bool:
@@ -97,20 +99,20 @@ def embeddings(config: EmbeddingsConfig, console: Console) -> None:
     """Carry out `pygpt embeddings`."""
     tell = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     vectors, tokenizer = load_vectors(config.run)
+    among = None if config.data is None else _by_frequency(config.data, vectors, tokenizer)
     for text in config.near:
         word = find_word(vectors, tokenizer, text)
-        near = Table("token", "cosine", title=Text(f"nearest to {_describe(word)}"))
-        for token, cosine in neighbours(vectors, word, config.count):
-            near.add_row(Text(escape(token)), f"{cosine:.4f}")
-        console.print(near)
+        tell(f"nearest to {_describe(word)}")
+        table = Table("token", "cosine")
+        for token, cosine in neighbours(vectors, word, config.count, among):
+            table.add_row(Text(escape(token)), f"{cosine:.4f}")
+        console.print(table)
     if config.maps:
-        words = _map_words(config, vectors, tokenizer)
-        table, labels = (
-            np.stack([word.vector for word in words]),
-            [word.text.removeprefix("=") or "=" for word in words],
-        )
+        words = _map_words(config, vectors, tokenizer, among)
+        points = np.stack([word.vector for word in words])
+        labels = [word.text.removeprefix("=") or "=" for word in words]
         hover = [_describe(word) for word in words]
-        for path in draw_map(table, labels, hover, config.folder, config.method, config.seed, console):
+        for path in draw_map(points, labels, hover, config.folder, config.method, config.seed, console):
             tell(f"map of {len(words)} words: {path}")
     if config.export:
         write_word2vec(config.export, vectors)
@@ -158,19 +160,28 @@ def _describe(word: Word) -> str:
     return f"{tokens}, the mean of {len(word.tokens)} tokens" if len(word.tokens) > 1 else tokens
 
 
-def neighbours(vectors: Vectors, word: Word, count: int) -> list[tuple[bytes, float]]:
-    """The `count` tokens whose vectors have the largest cosine with the word's, and that; without the word's own."""
+def neighbours(
+    vectors: Vectors, word: Word, count: int, among: Sequence[bytes] | None = None
+) -> list[tuple[bytes, float]]:
+    """The `count` tokens whose vectors have the largest cosine with the word's, and that cosine; of all tokens or `among`
+    some of them, but never the word's own."""
     length = np.linalg.norm(word.vector)
     if length == 0:
         raise InputError(f"'{word.text}' has the vector 0, which has no direction and thus no neighbours")
     lengths = np.linalg.norm(vectors.table, axis=1)
     cosines = vectors.table @ (word.vector / length) / np.where(lengths > 0, lengths, 1)
+    if among is not None:
+        others = np.ones(len(cosines), bool)
+        others[[vectors.row[token] for token in among]] = False
+        cosines[others] = -np.inf
     cosines[[vectors.row[token] for token in word.tokens]] = -np.inf
     best = np.argsort(-cosines, kind="stable")[:count]
     return [(vectors.tokens[row], float(cosines[row])) for row in best if cosines[row] > -np.inf]
 
 
-def _map_words(config: EmbeddingsConfig, vectors: Vectors, tokenizer: Tokenizer | None) -> list[Word]:
+def _map_words(
+    config: EmbeddingsConfig, vectors: Vectors, tokenizer: Tokenizer | None, frequent: Sequence[bytes] | None
+) -> list[Word]:
     texts = list(config.map)
     if config.map_file is not None:
         if not config.map_file.is_file():
@@ -182,7 +193,7 @@ def _map_words(config: EmbeddingsConfig, vectors: Vectors, tokenizer: Tokenizer 
         texts += [line.strip() for line in lines if line.strip()]
     if config.map_top is not None:
         least = 1 if isinstance(tokenizer, CharTokenizer) else 2
-        found = [token for token in _by_frequency(config.data, vectors, tokenizer) if _letters(token) >= least]
+        found = [token for token in frequent or vectors.tokens if _letters(token) >= least]
         texts += [f"={escape(token)}" for token in found[: config.map_top]]
     words = [find_word(vectors, tokenizer, text) for text in dict.fromkeys(texts)]
     if len(words) < 3:
@@ -190,10 +201,8 @@ def _map_words(config: EmbeddingsConfig, vectors: Vectors, tokenizer: Tokenizer 
     return words
 
 
-def _by_frequency(data: Path | None, vectors: Vectors, tokenizer: Tokenizer | None) -> list[bytes]:
-    """The tokens that occur in prepared data, the most frequent first; without data all, in their own order."""
-    if data is None:
-        return vectors.tokens
+def _by_frequency(data: Path, vectors: Vectors, tokenizer: Tokenizer | None) -> list[bytes]:
+    """The tokens that occur in prepared data, the most frequent first."""
     if tokenizer is None:
         raise InputError(
             "a file of vectors has no tokenizer, so that the tokens of --data mean nothing: leave --data out"

@@ -267,7 +267,7 @@ def test_pca_of_one_dimension_and_of_equal_vectors() -> None:
 def test_tsne_keeps_neighbourhoods() -> None:
     rng = np.random.default_rng(0)
     directions = np.eye(8)[:3]
-    table = np.concatenate([rng.uniform(1, 9, (20, 1)) * (d + rng.normal(0, 0.05, (20, 8))) for d in directions])
+    table = np.concatenate([10 ** rng.uniform(-3, 1, (20, 1)) * (d + rng.normal(0, 0.05, (20, 8))) for d in directions])
     points = tsne(table.astype(np.float32), seed=3)
     group = np.repeat(np.arange(3), 20)
     distance = np.linalg.norm(points[:, None] - points, axis=-1) + np.diag(np.full(60, np.inf))
@@ -353,6 +353,14 @@ def test_the_most_frequent_tokens(run: Path, tmp_path: Path, capsys: pytest.Capt
 # The command
 
 
+def test_neighbours_among_the_tokens_of_data(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prepare_words(tmp_path)
+    capsys.readouterr()
+    assert main(["embeddings", str(run), "--near", "the", "--data", "data", "--count", "20"]) == 0
+    shown = set(re.findall(r"│ (\S+) +│ +-?\d\.\d{4}", capsys.readouterr().out))
+    assert shown == {"the", "▁cat", "▁and", "▁dog", "▁bird", ".", "▁"}  # the text is cut after a space
+
+
 def test_neighbours_are_printed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["embeddings", str(run), "--near", "Tokyoite", "=[", "--count", "3"]) == 0
     shown = capsys.readouterr().out
@@ -379,7 +387,7 @@ def test_export_and_a_file_in_place_of_a_run(run: Path, tmp_path: Path, capsys: 
         ({}, "nothing to do: ask for --near"),
         ({"near": ("x",), "count": 0}, "count must be at least 1, got 0"),
         ({"map_top": 0}, "map_top must be at least 1, got 0"),
-        ({"near": ("x",), "data": Path("data")}, "data is for map_top"),
+        ({"map": ("x",), "data": Path("data")}, "data is for near and map_top"),
     ],
 )
 def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
@@ -430,13 +438,13 @@ def test_missing_package_names_the_extra(
 
 def test_init_embeddings_copies_the_vectors_of_matching_tokens(tmp_path: Path) -> None:
     tokenizer = get_tokenizer("gpt2")
-    vectors = random_vectors([b"king", b" queen", b"\n", b"no such token", b" the"], 16)
+    vectors = random_vectors([b" queen", b"king", b"\n", b"no such token", b" the"], 16)
     write_word2vec(tmp_path / "v.txt", vectors)
     model = small_model()
     before = model.transformer.wte.weight.detach().clone()
     assert init_embeddings(model, tokenizer, tmp_path / "v.txt", rescale=False) == 5
     after = model.lm_head.weight.detach()  # the head shares the table
-    expected = {" king": 0, "king": 0, " queen": 1, "\n": 2, " the": 4}  # " king" has no vector of its own, king has
+    expected = {" queen": 0, " king": 1, "king": 1, "\n": 2, " the": 4}  # " king" has no vector of its own, king has
     rows = {tokenizer.encode(text)[0]: row for text, row in expected.items()}
     for token, row in rows.items():
         assert torch.equal(after[token], torch.from_numpy(vectors.table[row]))
