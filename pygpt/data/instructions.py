@@ -192,7 +192,7 @@ class Template:
             yield text, False
 
     def _question(self, message: Message) -> str:
-        if not message.get("input"):
+        if not message.get("input") or "{input}" in self.user:
             return self.user
         return self.user_with_input or self.user.replace("{content}", "{content}\n{input}")
 

@@ -250,6 +250,8 @@ def use_backend(name: str | None) -> _Restore:
 
 def _apply_environment() -> None:
     global _environment
+    if _environment is None:  # not set again: older compilers refuse to trace that
+        return
     name, _environment = _environment, None
     if name:
         use_backend(name)

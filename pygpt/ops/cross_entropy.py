@@ -86,10 +86,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             valid = targets != ignore_index
             count = valid.sum()
             safe = targets.where(valid, 0).unsqueeze(1)  # an ignored row takes part with weight 0
-            row_weight = (valid / count.clamp(min=1)).to(hidden.dtype).unsqueeze(1)
             grad_hidden = torch.empty_like(hidden) if need_hidden else None
             grad_weight = torch.zeros_like(weight) if need_weight else None
             total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+            row_weight = (valid.to(total.dtype) / count.clamp(min=1)).to(hidden.dtype).unsqueeze(1)
             rows = max(16, CHUNK_BYTES // (4 * max(weight.shape[0], 1)))
             for start in range(0, hidden.shape[0], rows):
                 part = slice(start, start + rows)
