@@ -13,23 +13,19 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
+from pygpt.data.instructions import Message, Template, load_template
 from pygpt.errors import InputError
 from pygpt.generate import Sampling
 from pygpt.model import GPT
 from pygpt.text import in_order, stream_text
-from pygpt.tokenizer import TOKENIZER_FILE, Tokenizer, encode_prompt
+from pygpt.tokenizer import TOKENIZER_FILE, Tokenizer
 from pygpt.train.checkpoint import checkpoint_tokenizer, resolve_checkpoint
 from pygpt.train.trainer import resolve_device
-
-if TYPE_CHECKING:
-    from pygpt.data.instructions import Template
-
-Message = dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +75,7 @@ class GenerateConfig(SamplingConfig):
         super().__post_init__()
         if self.num_samples < 1:
             raise InputError(f"num_samples must be at least 1, got {self.num_samples}")
-        if self.instruct and not self.prompt:
+        if self.instruct and not all(text.strip() for text in self.prompt or [""]):
             raise InputError("instruct needs a prompt: the instruction")
         if self.input and not self.instruct:
             raise InputError("input is what an instruction is about: it needs instruct")
@@ -100,16 +96,15 @@ class ChatConfig(SamplingConfig):
 def generate(config: GenerateConfig) -> None:
     """Print prompts and their continuations, or with `instruct` the answers: each as it is generated, one after the other."""
     model, tokenizer, folder = _load(config)
-    prompts, stop = list(config.prompt) or [""], list(config.stop)
-    texts = prompts
+    texts, stop = list(config.prompt) or [""], list(config.stop)
+    prompts: list[str] | list[list[int]] = texts
     if config.instruct:
-        from pygpt.data.instructions import load_template
-
         template = load_template(folder)
-        texts = [template.format([_instruction(prompt, config.input)]) for prompt in prompts]
+        questions = [{"role": "user", "content": text.strip(), "input": config.input.strip()} for text in texts]
+        prompts = [encode_messages([question], template, tokenizer) for question in questions]
         stop += template.stop
-    pieces = stream_text(model, tokenizer, texts, stop=stop, num_samples=config.num_samples, **config.settings())
-    several, begun = len(prompts) * config.num_samples > 1, -1
+    pieces = stream_text(model, tokenizer, prompts, stop=stop, num_samples=config.num_samples, **config.settings())
+    several, begun = len(texts) * config.num_samples > 1, -1
     for piece in in_order(pieces):
         if piece.row > begun:
             begun = piece.row
@@ -117,18 +112,25 @@ def generate(config: GenerateConfig) -> None:
             if several:
                 _show(f"=== prompt {number + 1}, sample {sample + 1}\n")
             if not config.instruct:
-                _show(prompts[number])
+                _show(texts[number])
         _show(piece.text + "\n" * piece.last)
 
 
-def _instruction(prompt: str, text: str) -> Message:
-    return {"role": "user", "content": f"{prompt}\n\n{text}" if text else prompt}
+def encode_messages(messages: list[Message], template: Template, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of the prompt for an answer to the last message, the same that training on the conversation has there.
+
+    What a message says is ordinary text: a special token in it is not one.
+    """
+    ids: list[int] = []
+    for text, is_answer in template.pieces(messages):
+        ids += tokenizer.encode_ordinary(text + template.answer_end * is_answer)
+        if is_answer and tokenizer.eot_id is not None:
+            ids.append(tokenizer.eot_id)
+    return ids
 
 
 def chat(config: ChatConfig, console: Console | None = None) -> None:
     """Answer messages from the terminal or the standard input until it ends."""
-    from pygpt.data.instructions import load_template
-
     notices = console or Console(stderr=True)
     model, tokenizer, folder = _load(config)
     template = load_template(folder)
@@ -171,10 +173,10 @@ class Conversation:
         Raises InputError for a question that does not fit into the context by itself, and does not add it.
         """
         messages, forgotten = [*self.messages, {"role": "user", "content": question}], 0
-        ids = self._encode(messages)
+        ids = encode_messages([*self._system, *messages], self._template, self._tokenizer)
         while len(ids) > self._block_size - self._room and len(messages) > 1:
             messages, forgotten = messages[2:], forgotten + 2
-            ids = self._encode(messages)
+            ids = encode_messages([*self._system, *messages], self._template, self._tokenizer)
         if len(ids) > self._block_size:
             raise InputError(
                 f"this message makes a prompt of {len(ids)} tokens, and the model's context holds {self._block_size}: "
@@ -185,14 +187,11 @@ class Conversation:
 
     def answered(self, answer: str) -> None:
         """Add the answer to the last question."""
-        self.messages.append({"role": "assistant", "content": answer})
+        self.messages.append({"role": "assistant", "content": answer.strip()})
 
     def reset(self) -> None:
         """Forget all messages but the system's."""
         self.messages = []
-
-    def _encode(self, messages: list[Message]) -> list[int]:
-        return encode_prompt(self._tokenizer, self._template.format([*self._system, *messages]))
 
 
 def _answer(model: GPT, tokenizer: Tokenizer, prompt: list[int], stop: list[str], config: ChatConfig) -> str:
@@ -208,6 +207,8 @@ def _answer(model: GPT, tokenizer: Tokenizer, prompt: list[int], stop: list[str]
 
 def _messages(notices: Console) -> Iterator[str]:
     """Lines that are typed, or come from a pipe; empty ones left out."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     if not sys.stdin.isatty():
         yield from filter(None, map(str.strip, sys.stdin))
         return
