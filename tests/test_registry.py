@@ -329,7 +329,7 @@ def test_missing_package_names_the_extra(missing: str, dataset: Dataset, monkeyp
 
 
 def test_list_names_everything(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("COLUMNS", "100")
     assert main(["data"]) == 0
     listed = capsys.readouterr().out
     for name, dataset in DATASETS.items():

@@ -114,11 +114,13 @@ def data(config: DataConfig, console: Console) -> None:
         console.print(str(get_dataset(name)), markup=False, highlight=False, soft_wrap=True)
     if config.action == "list":
         folder = data_folder()
-        table = Table("name", "what", "size", "licence", "address", title=f"data sets; kept in {folder}")
+        table = Table("name", "what", "size", "licence", title=f"data sets; kept in {folder}")
         for name, dataset in DATASETS.items():
             here = "\n(downloaded)" if (folder / dataset.file).is_file() else ""
-            table.add_row(name + here, dataset.what, f"{dataset.size / 1e6:,.1f} MB", dataset.licence, dataset.url)
+            table.add_row(name + here, dataset.what, f"{dataset.size / 1e6:,.1f} MB", dataset.licence)
         console.print(table)
+        for name, dataset in DATASETS.items():
+            console.print(f"{name}: {dataset.url}", markup=False, highlight=False, soft_wrap=True)
 
 
 def data_folder() -> Path:
