@@ -16,6 +16,7 @@ made from a single file, name one: `--model_args pretrained=exported,prefix_toke
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from rich.console import Console
 
 from pygpt import pretrained
 from pygpt.classifier import Classifier
+from pygpt.data.instructions import TEMPLATE_FILE, Template, load_template
 from pygpt.errors import InputError
 from pygpt.model import GPT
 from pygpt.tokenizer import END_OF_TEXT, REPLACEMENT, Tokenizer, gpt2_file
@@ -36,7 +38,7 @@ class ExportConfig:
     """Write a model and its tokenizer for Hugging Face's libraries and lm-evaluation-harness."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """A run's folder, a checkpoint or a model folder."""
+    """A run's folder (its latest checkpoint, a classifier's best one), a checkpoint or a model folder."""
     out: Annotated[Path, tyro.conf.Positional]
     """Folder to write: a new or an empty one."""
 
@@ -58,7 +60,8 @@ def export(config: ExportConfig, console: Console | None = None) -> Path:
     tokenizer = pretrained.checkpoint_tokenizer(folder, model.config.vocab_size)
     if tokenizer is None:
         raise InputError(f"'{folder}' does not say which tokenizer it uses; its weights load as they are, without one")
-    files = _tokenizer_files(tokenizer, model.config.block_size, pads=classifies)
+    template = load_template(folder) if (folder / TEMPLATE_FILE).is_file() else None
+    files = _tokenizer_files(tokenizer, model.config.block_size, template, pads=classifies)
     end = tokenizer.eot_id
     if not classifies:
         files["generation_config.json"] = _json({"bos_token_id": end, "eos_token_id": end, "pad_token_id": end})
@@ -70,6 +73,8 @@ def export(config: ExportConfig, console: Console | None = None) -> Path:
         model.save_pretrained(out)
     else:
         tokenizer.save(out)
+        if template is not None:
+            template.save(out)
         pretrained.save(model, out, bos_token_id=end, eos_token_id=end)
     if console is not None:
         auto = "AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM"
@@ -83,12 +88,14 @@ def _is_classifier(folder: Path) -> bool:
     return "GPT2ForSequenceClassification" in (config.get("architectures") or [])
 
 
-def _tokenizer_files(tokenizer: Tokenizer, block_size: int, pads: bool) -> dict[str, bytes]:
+def _tokenizer_files(tokenizer: Tokenizer, block_size: int, template: Template | None, pads: bool) -> dict[str, bytes]:
     """Name and content of each file of a tokenizer. pads: whether end-of-text is the padding token, too."""
     state = tokenizer.to_dict()
     settings: dict[str, Any] = {"model_max_length": block_size, "clean_up_tokenization_spaces": False}
     if tokenizer.eot_id is not None:
         settings |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT} | ({"pad_token": END_OF_TEXT} if pads else {})
+    if template is not None:
+        settings["chat_template"] = _chat_template(template)
     if state["kind"] == "char":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         files = {"tokenizer.json": _json(_characters(tokenizer, state["unknown"]))}
@@ -102,6 +109,36 @@ def _tokenizer_files(tokenizer: Tokenizer, block_size: int, pads: bool) -> dict[
             f"weights load as they are, without one"
         )
     return files | {"tokenizer_config.json": _json(settings)}
+
+
+def _chat_template(template: Template) -> str:
+    """The template as Jinja source for `apply_chat_template`, where a message may have an `input`, too."""
+
+    def quoted(text: str) -> str:
+        return json.dumps(text, ensure_ascii=False)
+
+    def filled(pattern: str) -> str:
+        parts = enumerate(re.split(r"\{(content|input)\}", pattern))  # text, name, text, name, ..., text
+        return " ~ ".join(f"(message['{part}'] or '')" if i % 2 else quoted(part) for i, part in parts)
+
+    opening, opening_with_input = quoted(template.opening), quoted(template.opening_with_input or template.opening)
+    question, question_with_input = filled(template.user), filled(template._question({"input": "any"}))
+    lines = (
+        "{%- set first = messages | selectattr('role', 'equalto', 'user') | first -%}",
+        f"{{%- set now = namespace(text={opening_with_input} if first['input'] else {opening}) -%}}",
+        "{%- for message in messages -%}",
+        "{%- if message['role'] == 'system' -%}",
+        f"{{%- set now.text = {filled(template.system)} -%}}",
+        "{%- elif message['role'] == 'user' -%}",
+        f"{{%- set now.text = now.text ~ (({question_with_input}) if message['input'] else ({question})) -%}}",
+        "{%- else -%}",
+        f"{{{{- now.text ~ message['content'] ~ {quoted(template.answer_end)} ~ eos_token -}}}}",
+        f"{{%- set now.text = {quoted(template.between)} -%}}",
+        "{%- endif -%}",
+        "{%- endfor -%}",
+        "{%- if messages[-1]['role'] == 'user' -%}{{- now.text -}}{%- endif -%}",
+    )
+    return "\n".join(lines)
 
 
 def _gpt2(vocabulary: bytes, merges: bytes) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import pygpt.tokenizer
 from pygpt import GPT, GPTConfig, get_tokenizer
 from pygpt.classifier import Classifier
 from pygpt.cli import main
+from pygpt.data.instructions import Template, get_template, load_template
 from pygpt.errors import InputError, MissingFileError
 from pygpt.export import ExportConfig, export
 from pygpt.tokenizer import CharTokenizer, Tokenizer
@@ -180,6 +181,43 @@ def test_a_classifier_is_exported_as_one(tmp_path):
     for ours, theirs in zip(classifier.classify(texts), pipeline(texts), strict=True):
         assert {row["label"]: row["score"] for row in theirs} == pytest.approx(ours.probabilities, abs=1e-5)
     assert Classifier.from_pretrained(out).labels == classifier.labels
+
+
+CONVERSATIONS = [
+    [{"role": "user", "content": 'Напиши "стих"\\ 🙂 {input} {{ x }} {% if'}],
+    [{"role": "user", "content": "Sum up.", "input": "A long\n\ntext with {content}"}],
+    [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi", "input": ""}],
+    [
+        {"role": "user", "content": "a", "input": "b"},
+        {"role": "assistant", "content": "c"},
+        {"role": "user", "content": "d"},
+        {"role": "assistant", "content": "e"},
+        {"role": "user", "content": "f", "input": "g"},
+    ],
+]
+
+
+@pytest.mark.parametrize("name", ["alpaca", "phi3", "own"])
+def test_a_chat_template_comes_along(tmp_path, name):
+    own = Template(
+        user="\\\"{content}'\t→ ",
+        opening="🙂 {content} {{ 1 }}\n",
+        system="{content}!",
+        answer_end="\n\n",
+        between="--\n",
+    )
+    template = own if name == "own" else get_template(name)
+    random_model(get_tokenizer(), tmp_path / "model", n_layer=1, n_embd=4)
+    template.save(tmp_path / "model")
+    out = export(ExportConfig(run=tmp_path / "model", out=tmp_path / "out"))
+    assert load_template(out) == template
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    for messages in CONVERSATIONS:
+        prompt = template.format(messages)
+        assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == prompt
+        answered = [*messages, {"role": "assistant", "content": "The answer."}]
+        whole = prompt + "The answer." + template.answer_end + "<|endoftext|>"
+        assert tokenizer.apply_chat_template(answered, tokenize=False) == whole
 
 
 def test_lm_evaluation_harness_agrees(gpt2, tmp_path):
