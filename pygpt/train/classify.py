@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pygpt.classifier import Classifier
 from pygpt.data.labelled import IDS, LengthBuckets, encode_text, read_labelled, split, subsample
+from pygpt.data.registry import dataset_path
 from pygpt.errors import InputError
 from pygpt.model import GPT, PRESETS, GPTConfig
 from pygpt.pretrained import checkpoint_tokenizer, resolve_checkpoint
@@ -36,8 +37,8 @@ class ClassifyConfig(TrainConfig):
     """Finetune a model to put texts into classes, from a file of labelled texts."""
 
     data: Path
-    """Labelled texts: a .tsv, .csv or .jsonl file. Columns called text and label are found by themselves; a file of two
-    columns without a header has the label first, as UCI's SMS Spam Collection."""
+    """Labelled texts: a .tsv, .csv or .jsonl file, or a name that `pygpt data` lists. Columns called text and label are
+    found by themselves; a file of two columns without a header has the label first, as UCI's SMS Spam Collection."""
     text_column: str | None = None
     """The text's column: its name in the header, its JSON key, or its index from 0."""
     label_column: str | None = None
@@ -241,7 +242,9 @@ def encode_labelled(
 ) -> tuple[Part, dict[str, Any]]:
     """All examples of the file; how many texts were left out, by reason, or cut; and the examples' SHA-256."""
     assert tokenizer is not None
-    read = read_labelled(config.data, config.text_column, config.label_column, config.header, config.format)
+    read = read_labelled(
+        dataset_path(config.data), config.text_column, config.label_column, config.header, config.format
+    )
     found, skipped, truncated = Part([], [], []), read.skipped, 0
     for text, label, line in zip(read.texts, read.labels, read.lines, strict=True):
         try:
