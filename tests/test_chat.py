@@ -214,10 +214,14 @@ def test_the_terminal(learned, tmp_path):
     )
     shown = {process.stdout: b"", process.stderr: b""}
 
-    def wait_for(pattern: bytes, stream) -> None:
-        deadline = time.monotonic() + 120
+    def wait_for(pattern: bytes, stream, interrupt: bool = False) -> None:
+        """With `interrupt`, press Ctrl-C every two seconds meanwhile: one that comes just before a read waits for its end."""
+        deadline, pressed = time.monotonic() + 120, 0.0
         while not re.search(pattern, shown[stream], re.DOTALL):
             assert time.monotonic() < deadline, (pattern, shown)
+            if interrupt and time.monotonic() > pressed + 2:
+                process.send_signal(signal.SIGINT)
+                pressed = time.monotonic()
             for ready in select.select(list(shown), [], [], 1)[0]:
                 shown[ready] += os.read(ready.fileno(), 4096)
 
@@ -227,8 +231,7 @@ def test_the_terminal(learned, tmp_path):
         wait_for(b"> .{50}", process.stdout)
         process.send_signal(signal.SIGINT)
         wait_for(b"> .*\n> ", process.stdout)
-        process.send_signal(signal.SIGINT)
-        wait_for(b"Ctrl-D leaves\\)", process.stderr)
+        wait_for(rb"\(Ctrl-D leaves\)", process.stderr, interrupt=True)
         wait_for(b"> .*\n> .*> ", process.stdout)
         os.write(terminal, b"\x04")
         assert process.wait(60) == 0
