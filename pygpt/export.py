@@ -122,7 +122,7 @@ def _chat_template(template: Template) -> str:
         return " ~ ".join(f"(message['{part}'] or '')" if i % 2 else quoted(part) for i, part in parts)
 
     opening, opening_with_input = quoted(template.opening), quoted(template.opening_with_input or template.opening)
-    question, question_with_input = filled(template.user), filled(template._question({"input": "any"}))
+    question, question_with_input = filled(template.user), filled(template.question({"input": "any"}))
     lines = (
         "{%- set first = messages | selectattr('role', 'equalto', 'user') | first -%}",
         f"{{%- set now = namespace(text={opening_with_input} if first['input'] else {opening}) -%}}",

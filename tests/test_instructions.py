@@ -46,7 +46,11 @@ def write(path, text):
 
 def test_both_forms_are_read(tmp_path):
     entries = [
-        {"instruction": " Rewrite in the past tense. ", "input": "I eat {content}.", "output": "I ate {content}. Вкусно 🍲\n"},
+        {
+            "instruction": " Rewrite in the past tense. ",
+            "input": "I eat {content}.",
+            "output": "I ate {content}. Вкусно 🍲\n",
+        },
         {"instruction": "Say hi.", "output": "Hi!"},
         {"instruction": "Say hi.", "input": None, "output": "Hi!"},
         {"messages": [*CHAT[:-1], {"role": "assistant", "content": " 6"}]},

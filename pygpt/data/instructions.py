@@ -183,7 +183,7 @@ class Template:
             if message["role"] == "system":
                 text = _fill(self.system, message)
             elif message["role"] == "user":
-                text += _fill(self._question(message), message)
+                text += _fill(self.question(message), message)
             else:
                 yield text, False
                 yield message["content"], True
@@ -191,7 +191,7 @@ class Template:
         if messages[-1]["role"] == "user":
             yield text, False
 
-    def _question(self, message: Message) -> str:
+    def question(self, message: Message) -> str:
         if not message.get("input") or "{input}" in self.user:
             return self.user
         return self.user_with_input or self.user.replace("{content}", "{content}\n{input}")

@@ -106,7 +106,7 @@ def _rows(
     """Line number, text and label ("" where no labels are wanted) of each row."""
     if kind == "jsonl":
         keys = "text" if text is None else str(text), "label" if label is None else str(label)
-        for line, entry in _json_rows(path):
+        for line, entry in json_rows(path):
             found = [_json_field(path, line, entry, key) for key in (keys if labelled else keys[:1])]
             yield line, found[0], found[1] if labelled else ""
         return
@@ -196,7 +196,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
         csv.field_size_limit(limit)
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for line, text in _lines(path):
         try:
             entry = json.loads(text)

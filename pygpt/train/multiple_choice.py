@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from pygpt.data.labelled import IDS, _json_rows, pad
+from pygpt.data.labelled import IDS, json_rows, pad
 from pygpt.errors import InputError, MissingFileError
 from pygpt.model import GPT
 from pygpt.tokenizer import Tokenizer
@@ -140,7 +140,7 @@ def read_questions(path: str | Path) -> list[Question]:
     if not path.is_file():
         raise MissingFileError(f"no file at '{path}'")
     questions = []
-    for line, entry in _json_rows(path):
+    for line, entry in json_rows(path):
         try:
             questions.append(_question(line, entry))
         except InputError as error:
