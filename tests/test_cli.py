@@ -373,7 +373,7 @@ def test_info_says_who_answers_and_why_the_others_do_not(capsys, monkeypatch):
     assert "'eager' is forced" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["info", "prepare", "pretrain", "generate", "eval", "export"])
+@pytest.mark.parametrize("command", ["info", "prepare", "pretrain", "generate", "chat", "eval", "export"])
 def test_help_explains_every_setting(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
