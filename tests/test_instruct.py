@@ -98,7 +98,7 @@ def test_held_out_loss_is_the_mean_over_answer_tokens(tmp_path):
     total = count = 0.0
     for conversation in parts["train"].conversations:
         prompt = tokenizer.encode(template.format(conversation[:-1]))
-        answer_ids = tokenizer.encode(conversation[-1]["content"] + "<|end|>") + [tokenizer.eot_id]
+        answer_ids = [*tokenizer.encode(conversation[-1]["content"] + "<|end|>"), tokenizer.eot_id]
         with torch.no_grad():
             logits = model(torch.tensor([prompt + answer_ids]))[0][0]
         total += F.cross_entropy(logits[len(prompt) - 1 : -1], torch.tensor(answer_ids), reduction="sum").item()
