@@ -18,13 +18,13 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from pygpt.data.instructions import Message, Template, load_template
+from pygpt.data.instructions import Message, Template, encode_messages, load_template
 from pygpt.errors import InputError
 from pygpt.generate import Sampling
 from pygpt.model import GPT
+from pygpt.pretrained import load_with_tokenizer, resolve_checkpoint
 from pygpt.text import in_order, stream_text
-from pygpt.tokenizer import TOKENIZER_FILE, Tokenizer
-from pygpt.train.checkpoint import checkpoint_tokenizer, resolve_checkpoint
+from pygpt.tokenizer import Tokenizer
 from pygpt.train.trainer import resolve_device
 
 
@@ -95,7 +95,7 @@ class ChatConfig(SamplingConfig):
 
 def generate(config: GenerateConfig) -> None:
     """Print prompts and their continuations, or with `instruct` the answers: each as it is generated, one after the other."""
-    model, tokenizer, folder = _load(config)
+    model, tokenizer, folder = _load(config, config.instruct)
     texts, stop = list(config.prompt) or [""], list(config.stop)
     prompts: list[str] | list[list[int]] = texts
     if config.instruct:
@@ -116,23 +116,10 @@ def generate(config: GenerateConfig) -> None:
         _show(piece.text + "\n" * piece.last)
 
 
-def encode_messages(messages: list[Message], template: Template, tokenizer: Tokenizer) -> list[int]:
-    """Token ids of the prompt for an answer to the last message, the same that training on the conversation has there.
-
-    What a message says is ordinary text: a special token in it is not one.
-    """
-    ids: list[int] = []
-    for text, is_answer in template.pieces(messages):
-        ids += tokenizer.encode_ordinary(text + template.answer_end * is_answer)
-        if is_answer and tokenizer.eot_id is not None:
-            ids.append(tokenizer.eot_id)
-    return ids
-
-
 def chat(config: ChatConfig, console: Console | None = None) -> None:
     """Answer messages from the terminal or the standard input until it ends."""
     notices = console or Console(stderr=True)
-    model, tokenizer, folder = _load(config)
+    model, tokenizer, folder = _load(config, instruct=True)
     template = load_template(folder)
     room = min(config.max_new_tokens, model.config.block_size // 2)
     conversation = Conversation(template, tokenizer, model.config.block_size, room, config.system)
@@ -228,14 +215,12 @@ def _messages(notices: Console) -> Iterator[str]:
             yield message
 
 
-def _load(config: SamplingConfig) -> tuple[GPT, Tokenizer, Path]:
-    folder = resolve_checkpoint(config.run)
+def _load(config: SamplingConfig, instruct: bool) -> tuple[GPT, Tokenizer, Path]:
+    """The model, its tokenizer and its folder: of a run that learned to answer the best checkpoint, else the latest."""
+    folder = resolve_checkpoint(config.run, prefer_best=instruct)
     device = resolve_device(config.device)
-    model = GPT.from_pretrained(folder).to(device)
-    tokenizer = checkpoint_tokenizer(folder, model.config.vocab_size)
-    if tokenizer is None:
-        raise InputError(f"'{folder}' does not say which tokenizer it uses: it holds no {TOKENIZER_FILE}")
-    return model, tokenizer, folder
+    model, tokenizer = load_with_tokenizer(folder)
+    return model.to(device), tokenizer, folder
 
 
 def _show(text: str) -> None:

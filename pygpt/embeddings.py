@@ -23,9 +23,8 @@ from rich.text import Text
 from pygpt.data import load_tokens
 from pygpt.errors import InputError, MissingFileError
 from pygpt.maps import draw_map
-from pygpt.model import GPT
+from pygpt.pretrained import load_with_tokenizer, resolve_checkpoint
 from pygpt.tokenizer import TOKENIZER_FILE, CharTokenizer, Tokenizer, load_tokenizer
-from pygpt.train.checkpoint import checkpoint_tokenizer, resolve_checkpoint
 from pygpt.word2vec import Vectors, escape, read_word2vec, token_vectors, unescape, write_word2vec
 
 Floats = npt.NDArray[np.float32]
@@ -125,10 +124,7 @@ def load_vectors(path: str | Path) -> tuple[Vectors, Tokenizer | None]:
     if Path(path).is_file():
         return read_word2vec(path), None
     folder = resolve_checkpoint(path)
-    model = GPT.from_pretrained(folder)
-    tokenizer = checkpoint_tokenizer(folder, model.config.vocab_size)
-    if tokenizer is None:
-        raise InputError(f"'{folder}' does not say which tokenizer it uses: it holds no {TOKENIZER_FILE}")
+    model, tokenizer = load_with_tokenizer(folder)
     return token_vectors(model, tokenizer), tokenizer
 
 

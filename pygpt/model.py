@@ -266,11 +266,12 @@ class GPT(nn.Module):
         return build_optimizer(self, weight_decay=weight_decay, learning_rate=learning_rate, betas=betas)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> GPT:
-        """Load a model from a folder in Hugging Face's GPT-2 layout: config.json and model.safetensors."""
+    def from_pretrained(cls, path: str | Path, dropout: float | None = None) -> GPT:
+        """Load a model from a folder in Hugging Face's GPT-2 layout: config.json and model.safetensors. dropout: another
+        probability than the one in config.json."""
         from pygpt.pretrained import load
 
-        return load(path)
+        return load(path, dropout)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Save to a folder in Hugging Face's GPT-2 layout; `transformers` can load it."""

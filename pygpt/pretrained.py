@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,8 +50,9 @@ def save(model: GPT | Classifier, path: str | Path, **settings: Any) -> None:
     os.replace(folder / "config.json.tmp", folder / "config.json")
 
 
-def load(path: str | Path) -> GPT:
-    """Build the model that the folder `path` describes and load its weights. No code runs from the files."""
+def load(path: str | Path, dropout: float | None = None) -> GPT:
+    """Build the model that the folder `path` describes and load its weights. No code runs from the files. dropout: another
+    probability than the folder's."""
     from pygpt.model import GPT
 
     folder = Path(path)
@@ -60,6 +62,8 @@ def load(path: str | Path) -> GPT:
             f"GPT-2 model downloaded from Hugging Face)"
         )
     config = read_config(folder)
+    if dropout is not None:
+        config = replace(config, dropout=dropout)
     with torch.device("meta"):
         model = GPT(config)
     state = {_our_name(name): tensor for name, tensor in _read_weights(folder).items()}
@@ -184,3 +188,12 @@ def checkpoint_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
     if (folder / TOKENIZER_FILE).is_file():
         return load_tokenizer(folder)
     return get_tokenizer("gpt2") if vocab_size in (50257, 50304) else None
+
+
+def load_with_tokenizer(folder: Path, dropout: float | None = None) -> tuple[GPT, Tokenizer]:
+    """The model in a folder and its tokenizer. Raises InputError where that is not known."""
+    model = load(folder, dropout)
+    tokenizer = checkpoint_tokenizer(folder, model.config.vocab_size)
+    if tokenizer is None:
+        raise InputError(f"'{folder}' does not say which tokenizer it uses: it holds no {TOKENIZER_FILE}")
+    return model, tokenizer

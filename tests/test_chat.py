@@ -18,9 +18,9 @@ import pytest
 import torch
 
 from pygpt import GPT, GPTConfig
-from pygpt.chat import Conversation, encode_messages
+from pygpt.chat import Conversation
 from pygpt.cli import main
-from pygpt.data.instructions import Message, PaddedBatches, Template, encode_conversation, get_template
+from pygpt.data.instructions import Message, PaddedBatches, Template, encode_conversation, encode_messages, get_template
 from pygpt.text import generate_text
 from pygpt.tokenizer import CharTokenizer, get_tokenizer
 

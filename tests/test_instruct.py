@@ -15,9 +15,9 @@ from rich.console import Console
 from pygpt import GPT, GPTConfig
 from pygpt.cli import main
 from pygpt.data.instructions import get_template, load_template
-from pygpt.pretrained import resolve_checkpoint
+from pygpt.pretrained import load_with_tokenizer, resolve_checkpoint
 from pygpt.tokenizer import TOKENIZER_FILE, CharTokenizer
-from pygpt.train.instruct import InstructConfig, answer, answer_loss, finetune_instruct, load_base, load_parts
+from pygpt.train.instruct import InstructConfig, answer, answer_loss, finetune_instruct, load_parts
 
 ENTRIES = [
     {"instruction": f"What is {a} plus {b}?", "input": "in words" if a == b else "", "output": f"It is {a + b}."}
@@ -50,7 +50,7 @@ def make_config(tmp_path: Path, entries: list[dict[str, str]], **settings: objec
 
 def learned(run: Path, config: InstructConfig) -> list[tuple[str, str, bool]]:
     """Expected answer, greedy answer and whether it ended, for all that the run was trained on."""
-    model, tokenizer = load_base(resolve_checkpoint(run))
+    model, tokenizer = load_with_tokenizer(resolve_checkpoint(run))
     template = load_template(resolve_checkpoint(run))
     parts, _ = load_parts(config, model, tokenizer, template, lambda _: None)
     return [
@@ -92,7 +92,7 @@ def test_a_run_learns_and_leaves_figures_answers_and_its_template(tmp_path, caps
 def test_held_out_loss_is_the_mean_over_answer_tokens(tmp_path):
     """Against torch's cross-entropy, conversation by conversation, with the mask written out."""
     config = make_config(tmp_path, ENTRIES)
-    model, tokenizer = load_base(config.init_from)
+    model, tokenizer = load_with_tokenizer(config.init_from)
     template = get_template("phi3")
     parts, _ = load_parts(config, model, tokenizer, template, lambda _: None)
     total = count = 0.0
@@ -117,7 +117,7 @@ def test_resumed_equals_uninterrupted(tmp_path, settings):
     shutil.copytree(whole, half)
     shutil.rmtree(half / "checkpoints" / "step_00000006")
     resumed = finetune_instruct(replace(config, out=half, resume=True), QUIET)
-    weights = [load_base(run / "checkpoints" / "step_00000006")[0].state_dict() for run in (whole, resumed)]
+    weights = [load_with_tokenizer(run / "checkpoints" / "step_00000006")[0].state_dict() for run in (whole, resumed)]
     for name, tensor in weights[0].items():
         assert torch.equal(tensor, weights[1][name]), name
 
@@ -127,7 +127,7 @@ def test_what_is_left_out_is_counted(tmp_path):
     cut = {"instruction": "a" * 400, "output": "b" * 200}
     empty = {"instruction": "a", "output": ""}
     config = make_config(tmp_path, [*ENTRIES, long, cut, empty])
-    model, tokenizer = load_base(config.init_from)
+    model, tokenizer = load_with_tokenizer(config.init_from)
     told: list[str] = []
     parts, report = load_parts(config, model, tokenizer, get_template("phi3"), told.append)
     assert report["skipped"] == {"empty answer": 1, "longer than 512 tokens": 2}

@@ -294,6 +294,19 @@ def encode_conversation(
     return Example(tokens[:-1], np.where(counts[1:], tokens[1:], IGNORED))
 
 
+def encode_messages(messages: Sequence[Message], template: Template, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of the prompt for an answer to the last message, the same that training on the conversation has there.
+
+    What a message says is ordinary text: a special token in it is not one.
+    """
+    ids: list[int] = []
+    for text, is_answer in template.pieces(messages):
+        ids += tokenizer.encode_ordinary(text + template.answer_end * is_answer)
+        if is_answer and tokenizer.eot_id is not None:
+            ids.append(tokenizer.eot_id)
+    return ids
+
+
 class PaddedBatches:
     """Batches of examples, one a row, filled up on the right; similar lengths together (see `LengthBuckets`)."""
 

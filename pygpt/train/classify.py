@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from pygpt.data.labelled import IDS, LengthBuckets, encode_text, read_labelled, 
 from pygpt.data.registry import dataset_path
 from pygpt.errors import InputError
 from pygpt.model import GPT, PRESETS, GPTConfig
-from pygpt.pretrained import checkpoint_tokenizer, resolve_checkpoint
-from pygpt.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
+from pygpt.pretrained import load_with_tokenizer, resolve_checkpoint
+from pygpt.tokenizer import Tokenizer, get_tokenizer
 from pygpt.train.lora import add_lora
 from pygpt.train.metrics import read_metrics
 from pygpt.train.scores import Scores
@@ -205,17 +205,8 @@ def _base(config: ClassifyConfig) -> tuple[GPT, Tokenizer]:
         options = {} if config.dropout is None else {"dropout": config.dropout}
         return GPT(GPTConfig.preset(config.preset, vocab_size=tokenizer.vocab_size, **options)), tokenizer
     assert config.init_from is not None
-    folder = resolve_checkpoint(config.init_from, prefer_best=True)
-    gpt = GPT.from_pretrained(folder)
-    found = checkpoint_tokenizer(folder, gpt.config.vocab_size)
-    if found is None:
-        raise InputError(f"'{folder}' does not say which tokenizer it uses: it holds no {TOKENIZER_FILE}")
-    if config.dropout is not None or config.random_weights:
-        trained = gpt.state_dict()
-        gpt = GPT(gpt.config if config.dropout is None else replace(gpt.config, dropout=config.dropout))
-        if not config.random_weights:
-            gpt.load_state_dict(trained)
-    return gpt, found
+    gpt, found = load_with_tokenizer(resolve_checkpoint(config.init_from, prefer_best=True), config.dropout)
+    return GPT(gpt.config) if config.random_weights else gpt, found
 
 
 def load_parts(

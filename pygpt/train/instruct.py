@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from pygpt.data.instructions import (
     PaddedBatches,
     Template,
     encode_conversation,
+    encode_messages,
     get_template,
     load_template,
     read_instructions,
@@ -34,8 +35,8 @@ from pygpt.data.registry import dataset_path
 from pygpt.data.samplers import IGNORED, _random_bits
 from pygpt.errors import InputError
 from pygpt.model import GPT
-from pygpt.pretrained import checkpoint_tokenizer, resolve_checkpoint
-from pygpt.tokenizer import TOKENIZER_FILE, Tokenizer
+from pygpt.pretrained import load_with_tokenizer, resolve_checkpoint
+from pygpt.tokenizer import Tokenizer
 from pygpt.train.lora import add_lora
 from pygpt.train.trainer import Batch, TrainConfig, Trainer, check_run, remove_run
 
@@ -157,7 +158,7 @@ def finetune_instruct(config: InstructConfig, console: Console | None = None) ->
     latest = check_run(config, config.out, config.resume, config.overwrite, CHANGEABLE)
     torch.manual_seed(config.seed)
     base = resolve_checkpoint(config.init_from, prefer_best=True)
-    model, tokenizer = load_base(latest or base, config.dropout)
+    model, tokenizer = load_with_tokenizer(latest or base, config.dropout)
     template = load_template(latest) if latest else get_template(config.template)
     parts, report = load_parts(config, model, tokenizer, template, tell)
     if config.train == "lora":
@@ -186,19 +187,6 @@ def finetune_instruct(config: InstructConfig, console: Console | None = None) ->
         _test(config, base, parts["test"], report, trainer.device, console)
         tell(f'to use it: pygpt generate {config.out} --instruct --prompt "..." or pygpt chat {config.out}')
     return config.out
-
-
-def load_base(folder: Path, dropout: float | None = None) -> tuple[GPT, Tokenizer]:
-    """The model of a folder and its tokenizer, which it must have."""
-    model = GPT.from_pretrained(folder)
-    tokenizer = checkpoint_tokenizer(folder, model.config.vocab_size)
-    if tokenizer is None:
-        raise InputError(f"'{folder}' does not say which tokenizer it uses: it holds no {TOKENIZER_FILE}")
-    if dropout is not None:
-        trained = model.state_dict()
-        model = GPT(replace(model.config, dropout=dropout))
-        model.load_state_dict(trained)
-    return model, tokenizer
 
 
 def load_parts(
@@ -270,7 +258,7 @@ def answer(
 ) -> tuple[str, bool]:
     """The greedy answer to a conversation's last question, whose own answer is left out; and whether it ended with
     end-of-text. Of a question that does not fit into the context, the end counts."""
-    prompt = tokenizer.encode(template.format(conversation[:-1]), allowed_special="all")[-model.config.block_size :]
+    prompt = encode_messages(conversation[:-1], template, tokenizer)[-model.config.block_size :]
     idx = torch.tensor([prompt], device=model.lm_head.weight.device)
     new = model.generate(idx, tokens, temperature=0.0, eos_id=tokenizer.eot_id)[0, len(prompt) :].tolist()
     ended = tokenizer.eot_id in new
@@ -294,8 +282,8 @@ def _test(
     config: InstructConfig, base: Path, part: Part, report: dict[str, Any], device: torch.device, console: Console
 ) -> None:
     """Score base and best checkpoint on the examples held out, and write down what the latter answers."""
-    before, _ = load_base(base)
-    after, tokenizer = load_base(resolve_checkpoint(config.out, prefer_best=True))
+    before, _ = load_with_tokenizer(base)
+    after, tokenizer = load_with_tokenizer(resolve_checkpoint(config.out, prefer_best=True))
     template = get_template(config.template)
     losses = [answer_loss(model.to(device).eval(), part, config.batch_size) for model in (before, after)]
     rows: list[dict[str, Any]] = []

@@ -6,7 +6,7 @@ pygpt pretrain --data data/stdlib --out runs/mine
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -190,14 +190,10 @@ def _model(config: PretrainConfig, latest: Path | None, tokenizer: Tokenizer | N
     source = latest or (resolve_checkpoint(config.init_from) if config.init_from else None)
     if source is None:
         return GPT(config.model_config(vocab_size))
-    model = GPT.from_pretrained(source)
+    model = GPT.from_pretrained(source, config.dropout if latest is None else None)
     check_vocabulary(source, model.config.vocab_size, tokenizer, vocab_size)
     if latest is None and config.block_size is not None:
         model.crop_block_size(config.block_size)
-    if latest is None and config.dropout is not None:
-        trained = model.state_dict()
-        model = GPT(replace(model.config, dropout=config.dropout))
-        model.load_state_dict(trained)
     return model
 
 
