@@ -320,7 +320,7 @@ def test_a_run_that_cannot_go_on(base):
     with pytest.raises(InputError, match=r"train was all .* head now"):
         finetuned(replace(config, resume=True, steps=30, train="head"))
     labelled(base.parent, {"spam": 30, "other": 50})
-    with pytest.raises(InputError, match="the labelled texts are not those that"):
+    with pytest.raises(InputError, match="the examples are not those that"):
         finetuned(replace(config, resume=True, steps=30))
     (config.out / "dataset.json").unlink()
     with pytest.raises(InputError, match="label 'other' is unknown: the classifier's labels are ham, spam"):

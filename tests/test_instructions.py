@@ -18,6 +18,7 @@ from pygpt.data.instructions import (
     PaddedBatches,
     Template,
     encode_conversation,
+    encode_messages,
     get_template,
     load_template,
     read_instructions,
@@ -54,16 +55,19 @@ def test_both_forms_are_read(tmp_path):
         {"instruction": "Say hi.", "output": "Hi!"},
         {"instruction": "Say hi.", "input": None, "output": "Hi!"},
         {"messages": [*CHAT[:-1], {"role": "assistant", "content": " 6"}]},
+        {"messages": [{"role": "system", "content": ""}, *CHAT[1:3]]},
+        {"instruction": "half a pair: \ud83d", "output": "\ud83d\ude42"},
         {"instruction": "Say nothing.", "input": "", "output": "  "},
         {"instruction": "", "output": "What?"},
     ]
     as_list = read_instructions(write(tmp_path / "a.json", json.dumps(entries)))
-    lines = "\n\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
-    as_lines = read_instructions(write(tmp_path / "a.jsonl", lines))
+    lines = "\n\n".join(json.dumps(entry, ensure_ascii=i == 5) for i, entry in enumerate(entries))
+    as_lines = read_instructions(write(tmp_path / "a.jsonl", "\ufeff" + lines.replace("\n", "\r\n")))
+    half = [{"role": "user", "content": "half a pair: \ufffd"}, {"role": "assistant", "content": "🙂"}]
     hi = [{"role": "user", "content": "Say hi."}, {"role": "assistant", "content": "Hi!"}]
-    assert as_list.conversations == as_lines.conversations == [EAT, hi, hi, CHAT]
+    assert as_list.conversations == as_lines.conversations == [EAT, hi, hi, CHAT, CHAT[1:3], half]
     assert as_list.skipped == as_lines.skipped == {"empty answer": 1, "empty question": 1}
-    assert (as_list.places[-1], as_lines.places[-1]) == ("entry 4", "line 7")
+    assert (as_list.places[-1], as_lines.places[-1]) == ("entry 6", "line 11")
 
 
 @pytest.mark.parametrize(
@@ -71,6 +75,7 @@ def test_both_forms_are_read(tmp_path):
     [
         ("a.jsonl", '{"instruction": "a", "output": "b"}\n{"instruction": "a",', r"line 2: broken JSON"),
         ("a.json", '[{"instruction": "a", "output": "b"},\n\n{"instruction" "a"}]', r"line 3: broken JSON"),
+        ("a.json", "[" * 100_000, r"line 1: broken JSON"),
         ("a.json", '{"instruction": "a", "output": "b"}', r"must hold a list of entries"),
         ("a.json", '[{"instruction": "a"}]', r"entry 1: 'output' is missing; an entry has instruction, output"),
         ("a.json", '[{"instruction": "a", "output": 3}]', r"entry 1: 'output' is 3, which is not text"),
@@ -102,11 +107,11 @@ def test_alpaca_is_written_as_stanford_published_it():
     assert with_input == (
         "Below is an instruction that describes a task, paired with an input that provides further context. "
         "Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nRewrite in the past tense.\n\n### Input:\nI eat {content}.\n\n### Response:\n"
+        "### Instruction:\nRewrite in the past tense.\n\n### Input:\nI eat {content}.\n\n### Response:"
     )
     assert without == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\n2 + 2?\n\n### Response:\n"
+        "### Instruction:\n2 + 2?\n\n### Response:"
     )
 
 
@@ -126,6 +131,43 @@ def test_a_prompt_ends_with_a_question():
         TEMPLATES["alpaca"].format(CHAT)
     with pytest.raises(ValueError, match="must take turns"):
         TEMPLATES["alpaca"].format(CHAT[2:4])
+
+
+WRITTEN = {  # «what counts in the loss», ¶ for end-of-text
+    "alpaca": [
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a response "
+        "that appropriately completes the request.\n\n### Instruction:\nRewrite in the past tense.\n\n### Input:\n"
+        "I eat {content}.\n\n### Response:«I ate {content}. Вкусно 🍲¶»",
+        "Be brief.\n\n### Instruction:\n2 + 2?\n\n### Response:«4¶»\n\n### Instruction:\nAnd 3 + 3?\n\n### Response:«6¶»",
+    ],
+    "phi3": [
+        "<|user|>\nRewrite in the past tense.\nI eat {content}.<|end|>\n<|assistant|>\n«I ate {content}. Вкусно 🍲<|end|>¶»",
+        "<|system|>\nBe brief.<|end|>\n<|user|>\n2 + 2?<|end|>\n<|assistant|>\n«4<|end|>¶»\n"
+        "<|user|>\nAnd 3 + 3?<|end|>\n<|assistant|>\n«6<|end|>¶»",
+    ],
+    "[{content}~{input}]": [
+        "[Rewrite in the past tense.~I eat {content}.]«I ate {content}. Вкусно 🍲¶»",
+        "Be brief.\n\n[2 + 2?~]«4¶»[And 3 + 3?~]«6¶»",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("which", [0, 1], ids=["input", "turns"])
+def test_the_mask_character_by_character(name, which):
+    written = WRITTEN[name][which]
+    characters = "".join(sorted(set(written) - set("«»¶")))
+    tokenizer = CharTokenizer(characters, end_of_text=True)
+    ids, counts, inside = [], [], False
+    for character in written:
+        if character in "«»":
+            inside = character == "«"
+        else:
+            ids.append(tokenizer.eot_id if character == "¶" else characters.index(character))
+            counts.append(inside)
+    example = encode_conversation((EAT, CHAT)[which], get_template(name), tokenizer)
+    assert example.idx.tolist() == ids[:-1]
+    assert example.targets.tolist() == [ids[i] if counts[i] else -1 for i in range(1, len(ids))]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -161,7 +203,8 @@ def test_a_prompt_is_what_training_showed_before_the_answer():
     for template in TEMPLATES.values():
         for conversation in (EAT, CHAT[:3]):
             example = encode_conversation(conversation, template, GPT2)
-            prompt = GPT2.encode(template.format(conversation[:-1]), allowed_special="all")
+            prompt = encode_messages(conversation[:-1], template, GPT2)
+            assert prompt == GPT2.encode(template.format(conversation[:-1]), allowed_special="all")
             assert example.idx[: len(prompt)].tolist() == prompt
             assert (example.targets[: len(prompt) - 1] == -1).all()
             assert example.targets[len(prompt) - 1] >= 0
@@ -169,6 +212,7 @@ def test_a_prompt_is_what_training_showed_before_the_answer():
 
 def test_special_tokens_in_a_message_are_text():
     messages = [{"role": "user", "content": "Say " + END_OF_TEXT}, {"role": "assistant", "content": END_OF_TEXT}]
+    assert GPT2.eot_id not in encode_messages(messages[:1], TEMPLATES["alpaca"], GPT2)
     example = encode_conversation(messages, TEMPLATES["alpaca"], GPT2)
     assert [*example.idx, example.targets[-1]].count(GPT2.eot_id) == 1
 
@@ -179,7 +223,12 @@ def test_templates_are_saved_loaded_and_checked(tmp_path):
         assert load_template(tmp_path) == template
     own = write(tmp_path / "own.json", '{"user": "Q: {content} ({input})\\nA: ", "stop": ["Q:"]}')
     assert get_template(own).format(EAT[:1]) == "Q: Rewrite in the past tense. (I eat {content}.)\nA: "
-    with pytest.raises(FileNotFoundError, match="no template 'vicuna': take one of alpaca, phi3, or a JSON file"):
+    text = "Q: {content} ({input})\nA: "
+    assert get_template(text) == get_template(write(tmp_path / "own.txt", text)) == Template(user=text)
+    assert get_template("{content}?\n").format(EAT[:1]) == "Rewrite in the past tense.\nI eat {content}.?\n"
+    with pytest.raises(ValueError, match=r"needs \{content\}"):
+        get_template(write(tmp_path / "empty.txt", ""))
+    with pytest.raises(FileNotFoundError, match="no template 'vicuna': take one of alpaca, phi3, a text with"):
         get_template("vicuna")
     with pytest.raises(FileNotFoundError, match="was not finetuned on instructions"):
         load_template(tmp_path / "nowhere")

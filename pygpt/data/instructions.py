@@ -49,8 +49,9 @@ def read_instructions(path: str | Path) -> Instructions:
     """Every conversation of a file: a JSON list, or JSON lines (.jsonl, .ndjson).
 
     An entry has `instruction`, `output` and perhaps `input` (Alpaca's names), or `messages`. Whitespace around texts is
-    dropped. Entries without a question or an answer are skipped and counted. Raises MissingFileError for no such file,
-    InputError for broken JSON, with the line's number, and for an entry of another form.
+    dropped, and so is an empty message of the system. Entries without a question or an answer are skipped and counted.
+    Raises MissingFileError for no such file, InputError for broken JSON, with the line's number, and for an entry of
+    another form.
     """
     path = Path(path)
     found = Instructions([], [], Counter())
@@ -70,10 +71,7 @@ def read_instructions(path: str | Path) -> Instructions:
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:
     if not path.is_file():
         raise MissingFileError(f"no file of instructions at '{path}'")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"'{path}' is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    text = _read(path)
     if path.suffix.lower() in (".jsonl", ".ndjson"):
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
@@ -85,10 +83,17 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
     yield from ((f"entry {number}", entry) for number, entry in enumerate(entries, 1))
 
 
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"'{path}' is not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
 def _json(path: Path, text: str, line: int = 0) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         place = line or getattr(error, "lineno", 1)
         raise InputError(f"'{path}', line {place}: broken JSON ({error})") from error
 
@@ -109,7 +114,12 @@ def _text(place: str, entry: dict[str, Any], name: str) -> str:
     if not isinstance(entry.get(name), str):
         what = f"is {json.dumps(entry[name])[:60]}, which is not text" if name in entry else "is missing"
         raise InputError(f"{place}: '{name}' {what}; an entry has instruction, output and perhaps input, or messages")
-    return entry[name].strip()
+    return _clean(entry[name])
+
+
+def _clean(text: str) -> str:
+    # JSON can hold half a surrogate pair, which no file can: it becomes U+FFFD, as in tokenizers.
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").strip()
 
 
 def _messages(place: str, messages: Any) -> list[Message]:
@@ -118,7 +128,9 @@ def _messages(place: str, messages: Any) -> list[Message]:
     for number, message in enumerate(messages, 1):
         if not all(isinstance(message.get(name), str) for name in ("role", "content")):
             raise InputError(f"{place}: message {number} needs a role and a content, both text; it has {list(message)}")
-    conversation = [{"role": message["role"], "content": message["content"].strip()} for message in messages]
+    conversation = [{"role": message["role"], "content": _clean(message["content"])} for message in messages]
+    if conversation[:1] == [{"role": "system", "content": ""}]:
+        del conversation[0]
     check_turns(place, conversation)
     if conversation[-1]["role"] != "assistant":
         raise InputError(
@@ -192,6 +204,7 @@ class Template:
             yield text, False
 
     def question(self, message: Message) -> str:
+        """The pattern for a user's message, with or without an input."""
         if not message.get("input") or "{input}" in self.user:
             return self.user
         return self.user_with_input or self.user.replace("{content}", "{content}\n{input}")
@@ -215,8 +228,8 @@ TEMPLATES = {
     "alpaca": Template(
         opening=f"{_TASK}. {_RESPOND}",
         opening_with_input=f"{_TASK}, paired with an input that provides further context. {_RESPOND}",
-        user="### Instruction:\n{content}\n\n### Response:\n",
-        user_with_input="### Instruction:\n{content}\n\n### Input:\n{input}\n\n### Response:\n",
+        user="### Instruction:\n{content}\n\n### Response:",
+        user_with_input="### Instruction:\n{content}\n\n### Input:\n{input}\n\n### Response:",
         between="\n\n",
         stop=["\n\n### Instruction:"],
     ),
@@ -232,15 +245,22 @@ TEMPLATES = {
 
 
 def get_template(name_or_path: str | Path) -> Template:
-    """A template by name, alpaca or phi3, or from a JSON file with the fields of `Template`."""
+    """A template by name, alpaca or phi3; a text with {content} in it, which is the template's `user`; or a file: .json
+    with the fields of `Template`, any other with such a text."""
     if str(name_or_path) in TEMPLATES:
         return TEMPLATES[str(name_or_path)]
+    if "{content}" in str(name_or_path):
+        return Template(user=str(name_or_path))
     path = Path(name_or_path)
     if not path.is_file():
-        raise MissingFileError(f"no template '{name_or_path}': take one of {', '.join(TEMPLATES)}, or a JSON file")
+        raise MissingFileError(
+            f"no template '{name_or_path}': take one of {', '.join(TEMPLATES)}, a text with {{content}} in it, or a file"
+        )
+    if path.suffix.lower() != ".json":
+        return Template(user=_read(path))
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        settings = json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"'{path}' is not JSON ({error})") from error
     known = {f.name: list if f.name == "stop" else str for f in fields(Template)}
     if not isinstance(settings, dict) or "user" not in settings or settings.keys() - known.keys():
@@ -284,27 +304,22 @@ def encode_conversation(
     """
     if tokenizer.eot_id is None:
         raise InputError("the tokenizer has no end-of-text token, with which answers end; train a base that has one")
-    ids: list[int] = []
-    counts: list[bool] = []
-    for text, is_answer in template.pieces(messages):
-        piece = tokenizer.encode_ordinary(text + template.answer_end * is_answer) + [tokenizer.eot_id] * is_answer
-        ids += piece
-        counts += [is_answer or all_tokens] * len(piece)
-    tokens = np.array(ids, np.int64)
+    pieces = list(_encode(messages, template, tokenizer))
+    tokens = np.array([token for piece, _ in pieces for token in piece], np.int64)
+    counts = np.repeat([is_answer or all_tokens for _, is_answer in pieces], [len(piece) for piece, _ in pieces])
     return Example(tokens[:-1], np.where(counts[1:], tokens[1:], IGNORED))
 
 
 def encode_messages(messages: Sequence[Message], template: Template, tokenizer: Tokenizer) -> list[int]:
-    """Token ids of the prompt for an answer to the last message, the same that training on the conversation has there.
+    """Token ids of the prompt for an answer to the last message, the same that training on the conversation has there."""
+    return [token for piece, _ in _encode(messages, template, tokenizer) for token in piece]
 
-    What a message says is ordinary text: a special token in it is not one.
-    """
-    ids: list[int] = []
+
+def _encode(messages: Sequence[Message], template: Template, tokenizer: Tokenizer) -> Iterator[tuple[list[int], bool]]:
+    """(token ids, is it an answer?) of each piece. What a message says is ordinary text: no special token is read in it."""
+    end = [] if tokenizer.eot_id is None else [tokenizer.eot_id]
     for text, is_answer in template.pieces(messages):
-        ids += tokenizer.encode_ordinary(text + template.answer_end * is_answer)
-        if is_answer and tokenizer.eot_id is not None:
-            ids.append(tokenizer.eot_id)
-    return ids
+        yield tokenizer.encode_ordinary(text + template.answer_end * is_answer) + end * is_answer, is_answer
 
 
 class PaddedBatches:
@@ -341,17 +356,15 @@ class PackedBatches:
             raise InputError(
                 f"an example has {longest} tokens; a row of block_size {block_size} holds 1 to {block_size}"
             )
-        rows: list[list[Example]] = []
-        room: list[int] = []
+        room = np.full(len(examples), block_size)  # in each row, of which there are at most as many as examples
+        self.rows: list[list[Example]] = []
         for i in _order(self._seed, 0, len(examples)):
             size = len(examples[i].idx)
-            row = next((row for row, free in enumerate(room) if free >= size), len(rows))
-            if row == len(rows):
-                rows.append([])
-                room.append(block_size)
-            rows[row].append(examples[i])
+            row = int(np.argmax(room[: len(self.rows) + 1] >= size))
             room[row] -= size
-        self.rows = rows
+            if row == len(self.rows):
+                self.rows.append([])
+            self.rows[row].append(examples[i])
 
     def __len__(self) -> int:
         """Batches in an epoch."""

@@ -27,7 +27,7 @@ from pygpt.model import GPT, PRESETS, GPTConfig
 from pygpt.pretrained import load_with_tokenizer, resolve_checkpoint
 from pygpt.tokenizer import Tokenizer, get_tokenizer
 from pygpt.train.lora import add_lora
-from pygpt.train.metrics import read_metrics
+from pygpt.train.metrics import DATASET_FILE, check_same_data, read_metrics, write_json
 from pygpt.train.scores import Scores
 from pygpt.train.trainer import Batch, TrainConfig, Trainer, check_run, remove_run
 
@@ -125,8 +125,6 @@ class ClassifyConfig(TrainConfig):
             raise InputError(f"unknown preset '{self.preset}': choose one of {', '.join(PRESETS)}")
 
 
-DATASET_FILE = "dataset.json"  # in the run's folder: what was counted while the data were read
-
 # What may differ between a run and its continuation: how long, how often, where - not what is computed per step.
 CHANGEABLE = (
     "steps", "resume", "overwrite", "out", "data", "init_from", "eval_every", "patience", "checkpoint_every", "keep",
@@ -171,7 +169,7 @@ def finetune_classify(config: ClassifyConfig, console: Console | None = None) ->
     else:
         model = Classifier.from_pretrained(latest)
         parts, report = load_parts(config, model.tokenizer, model.max_length, tell)
-        _check_same_data(config.out, report)
+        check_same_data(config.out, report["sha256"])
     freeze(model, config)
     labels = parts["train"].ids(model.labels)
     sampler = LengthBuckets(parts["train"].examples, labels, config.batch_size, config.seed)
@@ -190,7 +188,7 @@ def finetune_classify(config: ClassifyConfig, console: Console | None = None) ->
         f"{config.dtype}; {config.steps} steps are {config.steps * config.accumulate / len(sampler):.1f} epochs of "
         f"{len(labels):,} texts; run folder {config.out}"
     )
-    _write_json(config.out / DATASET_FILE, report)
+    write_json(config.out / DATASET_FILE, report)
     trainer.train()
     if not trainer.stop_requested:
         _test(config.out, parts, report, trainer.device, console)
@@ -309,16 +307,4 @@ def _test(run: Path, parts: dict[str, Part], report: dict[str, Any], device: tor
     title = f"test, best checkpoint (step {results['best_step']})"
     console.print(scores.table(title))
     scores.plot(run / "confusion.png", title, console)
-    _write_json(run / "results.json", results)
-
-
-def _check_same_data(run: Path, report: dict[str, Any]) -> None:
-    """Other examples would be split anew, and what was trained on could end up in the test."""
-    file = run / DATASET_FILE
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8"))["sha256"] != report["sha256"]:
-        raise InputError(f"cannot resume: the labelled texts are not those that '{run}' was trained on")
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(run / "results.json", results)

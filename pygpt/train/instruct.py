@@ -6,6 +6,7 @@ pygpt generate runs/assistant --instruct --prompt "Rewrite the sentence in the p
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -34,10 +35,12 @@ from pygpt.data.instructions import (
 from pygpt.data.registry import dataset_path
 from pygpt.data.samplers import IGNORED, _random_bits
 from pygpt.errors import InputError
+from pygpt.generate import Generation
 from pygpt.model import GPT
 from pygpt.pretrained import load_with_tokenizer, resolve_checkpoint
 from pygpt.tokenizer import Tokenizer
 from pygpt.train.lora import add_lora
+from pygpt.train.metrics import DATASET_FILE, check_same_data, write_json
 from pygpt.train.trainer import Batch, TrainConfig, Trainer, check_run, remove_run
 
 
@@ -56,7 +59,8 @@ class InstructConfig(TrainConfig):
     overwrite: bool = False
     """Delete what an earlier run left in OUT."""
     template: str = "alpaca"
-    """How questions and answers are written: alpaca, phi3, or a JSON file with the fields of pygpt.data.instructions.Template."""
+    """How questions and answers are written: alpaca; phi3; a text with {content} in it, and perhaps {input}, up to where the
+    answer starts; or a file with such a text, or .json with the fields of pygpt.data.instructions.Template."""
     loss_on: str = "answers"
     """answers: only they, and the end-of-text after each, count in the loss; all: every token does."""
     packing: bool = False
@@ -161,6 +165,8 @@ def finetune_instruct(config: InstructConfig, console: Console | None = None) ->
     model, tokenizer = load_with_tokenizer(latest or base, config.dropout)
     template = load_template(latest) if latest else get_template(config.template)
     parts, report = load_parts(config, model, tokenizer, template, tell)
+    if latest is not None:
+        check_same_data(config.out, report["sha256"])
     if config.train == "lora":
         add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout)
     sampler: PackedBatches | PaddedBatches
@@ -180,11 +186,16 @@ def finetune_instruct(config: InstructConfig, console: Console | None = None) ->
         trainer.resume(latest)
     if config.overwrite:
         remove_run(config.out)
-    size = f"{model.get_num_params(non_embedding=False) / 1e6:.1f}M parameters"
-    tell(f"{size} on {trainer.device} in {config.dtype}; {len(sampler):,} batches an epoch; run folder {config.out}")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    tell(
+        f"{trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters train on {trainer.device} in "
+        f"{config.dtype}; {config.steps} steps are {config.steps * config.accumulate / len(sampler):.1f} epochs of "
+        f"{len(parts['train'].examples):,} examples; run folder {config.out}"
+    )
+    write_json(config.out / DATASET_FILE, report)
     trainer.train()
     if not trainer.stop_requested:
-        _test(config, base, parts["test"], report, trainer.device, console)
+        _test(config, base, parts["test"], report, trainer.device, tell)
         tell(f'to use it: pygpt generate {config.out} --instruct --prompt "..." or pygpt chat {config.out}')
     return config.out
 
@@ -196,9 +207,12 @@ def load_parts(
     found = read_instructions(dataset_path(config.data))
     limit = min(config.max_length or model.config.block_size, model.config.block_size)
     part, skipped, truncated = Part([], [], []), Counter(found.skipped), 0
-    for conversation in found.conversations:
-        scored = encode_conversation(conversation, template, tokenizer)
-        trained = encode_conversation(conversation, template, tokenizer, all_tokens=config.loss_on == "all")
+    for conversation, place in zip(found.conversations, found.places, strict=True):
+        try:
+            scored = encode_conversation(conversation, template, tokenizer)
+            trained = encode_conversation(conversation, template, tokenizer, all_tokens=config.loss_on == "all")
+        except InputError as error:
+            raise InputError(f"'{config.data}', {place}: {error}") from error
         cut = len(scored.idx) > limit
         scored, trained = (Example(e.idx[:limit], e.targets[:limit]) for e in (scored, trained))
         if cut and config.long == "skip":
@@ -225,7 +239,15 @@ def load_parts(
     parts = {name: part.at(sorted(chosen)) for name, chosen in rows.items()}
     counts = {name: len(chosen) for name, chosen in rows.items()}
     tell(", ".join(f"{count:,} {name}" for name, count in counts.items()) + " examples")
-    return parts, {"examples": counts, "skipped": dict(skipped), "truncated": truncated}
+    seen = {json.dumps(conversation[:-1]) for conversation in parts["train"].conversations}
+    repeated = sum(json.dumps(conversation[:-1]) in seen for conversation in parts["test"].conversations)
+    if repeated:
+        tell(f"{repeated:,} of {counts['test']:,} test questions are word for word among the training questions too")
+    digest = hashlib.sha256(json.dumps(found.conversations).encode()).hexdigest()
+    return parts, {
+        "examples": counts, "skipped": dict(skipped), "truncated": truncated,
+        "test_questions_seen_in_training": repeated, "sha256": digest,
+    }  # fmt: skip
 
 
 def padded_loss(model: Any, batch: Batch) -> Tensor:
@@ -253,25 +275,40 @@ def answer_loss(model: GPT, part: Part, batch_size: int) -> float:
     return total / count
 
 
-def answer(
-    model: GPT, tokenizer: Tokenizer, template: Template, conversation: Sequence[Message], tokens: int
-) -> tuple[str, bool]:
-    """The greedy answer to a conversation's last question, whose own answer is left out; and whether it ended with
-    end-of-text. Of a question that does not fit into the context, the end counts."""
-    prompt = encode_messages(conversation[:-1], template, tokenizer)[-model.config.block_size :]
-    idx = torch.tensor([prompt], device=model.lm_head.weight.device)
-    new = model.generate(idx, tokens, temperature=0.0, eos_id=tokenizer.eot_id)[0, len(prompt) :].tolist()
-    ended = tokenizer.eot_id in new
-    text = tokenizer.decode([token for token in new if token != tokenizer.eot_id])
-    for stop in template.stop:
-        text = text.split(stop)[0]
-    return text.strip(), ended
+def greedy_answers(
+    model: GPT,
+    tokenizer: Tokenizer,
+    template: Template,
+    conversations: Sequence[list[Message]],
+    tokens: int,
+    batch_size: int,
+) -> list[tuple[str, bool]]:
+    """The greedy answer to the last question of each conversation, whose own answer is left out; and whether it ended with
+    end-of-text, within so many tokens. Of a prompt that does not fit into the context, the end counts."""
+    found = []
+    for start in range(0, len(conversations), batch_size):
+        batch = conversations[start : start + batch_size]
+        prompts = [encode_messages(turns[:-1], template, tokenizer)[-model.config.block_size :] for turns in batch]
+        generation = Generation(
+            model, prompts, tokens, temperature=0.0, eos_id=tokenizer.eot_id, vocab_size=tokenizer.vocab_size
+        )
+        for _ in generation:
+            pass
+        for prompt, ids in zip(prompts, generation.tokens, strict=True):
+            ended = ids[-1] == tokenizer.eot_id
+            text = tokenizer.decode(ids[len(prompt) : -1 if ended else None])
+            for stop in template.stop:
+                text = text.split(stop)[0]
+            found.append((text.strip(), ended))
+    return found
 
 
 def _sample(model: GPT, tokenizer: Tokenizer, template: Template, part: Part, config: InstructConfig) -> str:
+    asked = part.conversations[: config.samples]
     texts = []
-    for conversation in part.conversations[: config.samples]:
-        given, _ = answer(model, tokenizer, template, conversation, config.answer_tokens)
+    for conversation, (given, _) in zip(
+        asked, greedy_answers(model, tokenizer, template, asked, config.answer_tokens, config.batch_size), strict=True
+    ):
         question, expected = conversation[-2], conversation[-1]["content"]
         about = f"\n  {question['input']}" if question.get("input") else ""
         texts.append(f"{question['content']}{about}\n  expected: {expected}\n  answered: {given}")
@@ -279,24 +316,29 @@ def _sample(model: GPT, tokenizer: Tokenizer, template: Template, part: Part, co
 
 
 def _test(
-    config: InstructConfig, base: Path, part: Part, report: dict[str, Any], device: torch.device, console: Console
+    config: InstructConfig,
+    base: Path,
+    part: Part,
+    report: dict[str, Any],
+    device: torch.device,
+    tell: Callable[[str], None],
 ) -> None:
     """Score base and best checkpoint on the examples held out, and write down what the latter answers."""
+    best = resolve_checkpoint(config.out, prefer_best=True)
     before, _ = load_with_tokenizer(base)
-    after, tokenizer = load_with_tokenizer(resolve_checkpoint(config.out, prefer_best=True))
-    template = get_template(config.template)
-    losses = [answer_loss(model.to(device).eval(), part, config.batch_size) for model in (before, after)]
-    rows: list[dict[str, Any]] = []
-    for conversation in part.conversations[: config.answers]:
-        given, ended = answer(after, tokenizer, template, conversation, config.answer_tokens)
-        expected = conversation[-1]["content"]
-        rows.append({"messages": conversation[:-1], "expected": expected, "answer": given, "ended": ended})
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (config.out / "answers.jsonl").write_text(lines, encoding="utf-8")
-    count = sum(row["ended"] for row in rows)
-    test = {"loss_before": losses[0], "loss_after": losses[1], "answers": len(rows), "ended_with_end_of_text": count}
-    (config.out / "results.json").write_text(json.dumps({"test": test, **report}, indent=2) + "\n", encoding="utf-8")
-    console.print(
+    after, tokenizer = load_with_tokenizer(best)
+    losses = [answer_loss(model.to(device, torch.float32).eval(), part, config.batch_size) for model in (before, after)]
+    asked = part.conversations[: config.answers]
+    answers = greedy_answers(after, tokenizer, load_template(best), asked, config.answer_tokens, config.batch_size)
+    with (config.out / "answers.jsonl").open("w", encoding="utf-8") as file:
+        for conversation, (given, ended) in zip(asked, answers, strict=True):
+            expected = conversation[-1]["content"]
+            row = {"messages": conversation[:-1], "expected": expected, "answer": given, "ended": ended}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    count = sum(ended for _, ended in answers)
+    test = {"loss_before": losses[0], "loss_after": losses[1], "answers": len(asked), "ended_with_end_of_text": count}
+    write_json(config.out / "results.json", {"test": test, **report})
+    tell(
         f"held-out answers: loss {losses[0]:.4f} before, {losses[1]:.4f} after ({1 - losses[1] / losses[0]:.1%} less); "
-        f"{count} of {len(rows)} greedy answers end with end-of-text"
+        f"{count} of {len(asked)} greedy answers end with end-of-text"
     )

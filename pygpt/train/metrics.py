@@ -11,7 +11,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from pygpt.errors import InputError
+
 FILE = "metrics.jsonl"
+DATASET_FILE = "dataset.json"  # what was counted while a run's examples were read, and their sha256
 
 
 class Metrics:
@@ -88,6 +91,20 @@ def evaluations_since_best(run: Path) -> int:
 
 def _validation_losses(run: Path) -> list[float]:
     return [row["val_loss"] for row in read_metrics(run) if "val_loss" in row and row["step"] > 0]
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object for people to read, and the folders above it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_same_data(run: Path, sha256: str) -> None:
+    """Raise InputError if RUN/dataset.json has another sha256: other examples would be split anew, and what was trained on
+    could end up in the test."""
+    file = run / DATASET_FILE
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8"))["sha256"] != sha256:
+        raise InputError(f"cannot resume: the examples are not those that '{run}' was trained on")
 
 
 def progress_bar(console: Console) -> Progress:
