@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Union
 
 import torch
 import tyro
@@ -17,7 +17,7 @@ from pygpt.chat import ChatConfig, GenerateConfig, chat, generate
 from pygpt.data import PrepareConfig, prepare
 from pygpt.data.registry import DataConfig, data
 from pygpt.embeddings import EmbeddingsConfig, embeddings
-from pygpt.errors import PygptError
+from pygpt.errors import InputError, PygptError
 from pygpt.export import ExportConfig, export
 from pygpt.ops import backends
 from pygpt.train import EvaluateConfig, PretrainConfig, evaluate, pretrain
@@ -32,30 +32,57 @@ class InfoConfig:
     """Show versions, devices, and per operator the backend in use and why the others are not."""
 
 
-Finetune = (
-    Annotated[ClassifyConfig, tyro.conf.subcommand("classify")]
-    | Annotated[InstructConfig, tyro.conf.subcommand("instruct")]
-)
-Command = (
-    Annotated[InfoConfig, tyro.conf.subcommand("info")]
-    | Annotated[DataConfig, tyro.conf.subcommand("data")]
-    | Annotated[PrepareConfig, tyro.conf.subcommand("prepare")]
-    | Annotated[PretrainConfig, tyro.conf.subcommand("pretrain")]
-    | Annotated[Finetune, tyro.conf.subcommand("finetune", description="Finetune a pretrained model for a task.")]
-    | Annotated[GenerateConfig, tyro.conf.subcommand("generate")]
-    | Annotated[ChatConfig, tyro.conf.subcommand("chat")]
-    | Annotated[PredictConfig, tyro.conf.subcommand("classify")]
-    | Annotated[EvaluateConfig, tyro.conf.subcommand("eval")]
-    | Annotated[EmbeddingsConfig, tyro.conf.subcommand("embeddings")]
-    | Annotated[ExportConfig, tyro.conf.subcommand("export")]
-)
+COMMANDS: dict[str, type] = {
+    "info": InfoConfig,
+    "data": DataConfig,
+    "prepare": PrepareConfig,
+    "pretrain": PretrainConfig,
+    "finetune classify": ClassifyConfig,
+    "finetune instruct": InstructConfig,
+    "generate": GenerateConfig,
+    "chat": ChatConfig,
+    "classify": PredictConfig,
+    "eval": EvaluateConfig,
+    "embeddings": EmbeddingsConfig,
+    "export": ExportConfig,
+}
+
+
+def _grammar() -> Any:
+    """What tyro reads the command line by."""
+    found: dict[str, list[Any]] = {}
+    for words, config in COMMANDS.items():
+        name, *task = words.split()
+        command: Any = Annotated[_unchecked(config), tyro.conf.subcommand(task[0] if task else name)]
+        found.setdefault(name, []).append(command)
+    group = tyro.conf.subcommand("finetune", description="Finetune a pretrained model for a task.")
+    found["finetune"] = [Annotated[Union[tuple(found["finetune"])], group]]  # noqa: UP007  (as many as there are)
+    return Union[tuple(command for commands in found.values() for command in commands)]  # noqa: UP007
+
+
+def _unchecked(config: type) -> type:
+    """The settings without their checks, whose errors tyro would put into a box of its own: `_checked` makes them."""
+    names = ("__module__", "__qualname__", "__doc__")
+    return type(config.__name__, (config,), {name: getattr(config, name) for name in names} | {"__post_init__": _pass})
+
+
+def _pass(self: object) -> None: ...
+
+
+def _checked(parsed: Any) -> Any:
+    """The settings that were read. Raises PygptError, with the command's help named, where they cannot be used."""
+    config: Any = type(parsed).__base__
+    try:
+        return config(**{field.name: getattr(parsed, field.name) for field in fields(parsed)})
+    except PygptError as error:
+        words = next(words for words, known in COMMANDS.items() if known is config)
+        raise InputError(f"{error}\nsee pygpt {words} --help") from error
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the console script. Returns the exit status: 0, or 2 for an error that the user can mend."""
     try:
-        command = tyro.cli(Command, args=arguments, prog="pygpt", description=pygpt.__doc__)
-        run(command)
+        run(_checked(tyro.cli(_grammar(), args=arguments, prog="pygpt", description=pygpt.__doc__)))
     except PygptError as error:
         if os.environ.get("PYGPT_TRACEBACK"):
             raise

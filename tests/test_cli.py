@@ -84,15 +84,14 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 
 @pytest.fixture
-def rejected(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command that must be refused, with status 2, while it is read; returns the words on stderr."""
+def rejected(fails: Callable[..., str]) -> Callable[..., str]:
+    """Runs a command whose settings are refused: one line says why, another where help is. Returns the first."""
 
     def check(*arguments: str) -> str:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main(list(arguments))
-        assert stop.value.code == 2
-        return " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().err).split())
+        message, help = fails(*arguments).splitlines()
+        command = " ".join(arguments[: 2 if arguments[0] == "finetune" else 1])
+        assert help == f"see pygpt {command} --help"
+        return message
 
     return check
 
@@ -331,13 +330,24 @@ def test_prompts_that_cannot_be_used(run, fails):
 
 
 def test_settings_are_refused_when_the_command_line_is_read(rejected):
-    assert "steps must be at least 1, got 0" in rejected("pretrain", "--steps", "0")
+    assert rejected("pretrain", "--steps", "-3") == "pygpt: steps must be at least 1, got -3"
     assert "unknown preset 'gpt9'" in rejected("pretrain", "--preset", "gpt9")
     assert "leave out n_layer" in rejected("pretrain", "--init-from", "run", "--n-layer", "3")
     assert "stride is for" in rejected("pretrain", "--stride", "3")
+    assert "dtype must be one of" in rejected("finetune", "instruct", "--init-from", "a", "--data", "b", "--dtype", "x")
     assert "one of --data" in rejected("eval", "run")
-    assert "learning-rate" in rejected("pretrain", "--learning-rage", "1")
-    assert "info" in rejected()
+
+
+def test_arguments_that_cannot_be_read(capsys):
+    for arguments, wanted in (
+        (["pretrain", "--learning-rage", "1"], "learning-rate"),
+        (["pretrain", "--steps", "x"], "invalid literal"),
+        ([], "info"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+        assert wanted in capsys.readouterr().err
 
 
 def test_an_unknown_backend():
