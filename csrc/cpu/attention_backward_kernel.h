@@ -89,14 +89,15 @@ PYGPT_INLINE void softmax_backward_row(const AttentionShape& shape, float* score
   for (int64_t j = 0; j < from; j += kLanes) store(scores + j, zero), store(grad_p + j, zero);
   for (int64_t j = from; j < columns; j += kLanes) {
     vf p = softmax_exp2<T>(load(scores + j) * scale - lse2), dp = load(grad_p + j);
-    if (!seen.all(j)) p = visible(p, j, seen, zero);
+    const bool some = !seen.all(j, j + kLanes);
+    if (some) p = visible(p, j, seen, zero);
     vf dropped = p;
     if (keep) {
       dropped = keep[j / kLanes] ? p : zero;
       dp = keep[j / kLanes] ? dp * inverse_keep : zero;
     }
     vf ds = p * (dp - delta);
-    if (!seen.all(j)) ds = visible(ds, j, seen, zero);  // 0 * NaN of a key that the query does not see
+    if (some) ds = visible(ds, j, seen, zero);  // 0 * NaN of a key that the query does not see
     store(scores + j, dropped);
     store(grad_p + j, ds);
   }
@@ -129,7 +130,8 @@ PYGPT_INLINE void store_group(const BackwardBuffers& w, int64_t r) {
 }
 
 // One 64 x 64 tile: queries q0 .. q0 + 64, of which those before end_query see a key of the tile, keys k0 .. k0 + 64.
-template <class T>
+// DOCUMENTS: whether the shape has any. Asking in the loops would cost the others 1 to 2%.
+template <class T, bool DOCUMENTS>
 static void backward_tile(const AttentionShape& shape, const BackwardBuffers& w, int64_t head, int64_t q0, int64_t k0,
                           int64_t end_query, bool want_keys, bool want_queries) {
   constexpr int P = kPair<T>;
@@ -138,7 +140,7 @@ static void backward_tile(const AttentionShape& shape, const BackwardBuffers& w,
   const int64_t count = shape.end_key(q0) - k0;           // keys of this block that query q0 sees, but for its document
   const int64_t first = count > 0 ? 0 : 1 - count;        // the first query that sees any
   for (int64_t r = first / kRows * kRows; r < rows; r += kRows) {
-    const int64_t from = larger(0, shape.first_key(head, q0 + r) - k0) / kLanes * kLanes;
+    const int64_t from = DOCUMENTS ? larger(0, shape.first_key(head, q0 + r) - k0) / kLanes * kLanes : 0;
     const int64_t columns = round_up(smaller(keys, count + r + kRows - 1), kLanes);
     product<P, false, Into::assign>(w.query_rows + (q0 + r) * stride, stride, w.key_panel + from, kBlock,
                                     w.scores + from, kBlock, units, columns - from);
@@ -147,17 +149,16 @@ static void backward_tile(const AttentionShape& shape, const BackwardBuffers& w,
     for (int i = 0; i < kRows; ++i) {
       vi keep[kBlock / kLanes];
       if (shape.dropout.on) dropout_keep(shape.dropout, head, q0 + r + i, k0 / kBlock, keep);
-      const int64_t query = q0 + r + i;
-      softmax_backward_row<T>(shape, w.scores + i * kBlock, w.grad_p + i * kBlock, from, columns,
-                              seen_from(shape, head, query, k0), w.lse2[query], w.delta[query],
-                              shape.dropout.on ? keep : nullptr);
+      const Seen seen{DOCUMENTS ? shape.first_key(head, q0 + r + i) - k0 : 0, count + r + i};
+      softmax_backward_row<T>(shape, w.scores + i * kBlock, w.grad_p + i * kBlock, from, columns, seen,
+                              w.lse2[q0 + r + i], w.delta[q0 + r + i], shape.dropout.on ? keep : nullptr);
     }
     store_group<P>(w, r);
   }
   if (want_keys)
-    for (int64_t j = 0, end = shape.document_start ? 0 : rows; j < keys; j += kRows) {
+    for (int64_t j = 0, end = DOCUMENTS ? 0 : rows; j < keys; j += kRows) {
       const int64_t from = larger(0, j + 1 - count) / kRows * kRows;  // the first queries that see these keys
-      while (end < rows && shape.first_key(head, q0 + end) < k0 + j + kRows) ++end;
+      while (DOCUMENTS && end < rows && shape.first_key(head, q0 + end) < k0 + j + kRows) ++end;
       if (from >= end) continue;
       const int64_t n = (end - from + P - 1) / P;
       const int64_t at = from / P * kBlock + j, operand = (q0 + from) / P * width;
@@ -168,7 +169,7 @@ static void backward_tile(const AttentionShape& shape, const BackwardBuffers& w,
     }
   if (want_queries)
     for (int64_t r = first / kRows * kRows; r < rows; r += kRows) {
-      const int64_t from = larger(0, shape.first_key(head, q0 + r) - k0) / kLanes * kLanes;
+      const int64_t from = DOCUMENTS ? larger(0, shape.first_key(head, q0 + r) - k0) / kLanes * kLanes : 0;
       const int64_t seen = smaller(keys, count + r + kRows - 1) - from;
       product<P, false, Into::add>(w.ds_rows + (r * kBlock + from) / P, kBlock / P, w.key_summed + from / P * width,
                                    width, w.grad_q + (q0 + r) * width, width, (seen + P - 1) / P, D);
@@ -189,6 +190,7 @@ void attention_backward(const AttentionShape& shape, const BackwardInputs<T>& in
                         float* workspace, int64_t head, Range key_blocks, Range query_blocks) {
   const BackwardBuffers w = lay_out<T>(shape, workspace);
   const int64_t b = head / shape.H, h = head % shape.H, D = shape.D, width = shape.width(), row = shape.H * D;
+  const auto tile = shape.document_start ? backward_tile<T, true> : backward_tile<T, false>;
   pack_queries(shape, in, w, head,
                {larger(query_blocks.begin, shape.first_query_block(key_blocks.begin)),
                 smaller(query_blocks.end, shape.end_query_block(head, key_blocks.end - 1))});
@@ -208,7 +210,7 @@ void attention_backward(const AttentionShape& shape, const BackwardInputs<T>& in
     }
     for (int64_t q = larger(query_blocks.begin, shape.first_query_block(key_block));
          q < query_blocks.end && q * kBlock < end_query; ++q)
-      backward_tile<T>(shape, w, head, q * kBlock, k0, end_query, out.k != nullptr, out.q != nullptr);
+      tile(shape, w, head, q * kBlock, k0, end_query, out.k != nullptr, out.q != nullptr);
     if (out.k) {
       const int64_t at = ((b * shape.S + k0) * shape.H + h) * D;
       store_gradient(w.grad_k, keys, D, width, shape.scale, out.k + at, row);

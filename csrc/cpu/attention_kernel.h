@@ -26,7 +26,7 @@ struct Running {
 // The keys that a query sees, counted from the first column of its scores: begin may be negative, end beyond the last.
 struct Seen {
   int64_t begin, end;
-  bool all(int64_t j) const { return begin <= j && j + kLanes <= end; }  // columns j .. j + kLanes
+  bool all(int64_t from, int64_t to) const { return begin <= from && to <= end; }
 };
 
 PYGPT_INLINE Seen seen_from(const AttentionShape& shape, int64_t head, int64_t query, int64_t key) {
@@ -41,9 +41,10 @@ PYGPT_INLINE vf visible(vf x, int64_t j, Seen seen, vf otherwise) {
 // Hides the keys that are not seen, and returns the largest score, at least `largest`.
 PYGPT_INLINE float mask_scores(float* scores, int64_t columns, Seen seen, float largest) {
   vf top = splat(largest);
+  const bool all = seen.all(0, columns);
   for (int64_t j = 0; j < columns; j += kLanes) {
     vf x = load(scores + j);
-    if (!seen.all(j)) {
+    if (!all && !seen.all(j, j + kLanes)) {
       x = visible(x, j, seen, splat(-std::numeric_limits<float>::infinity()));
       store(scores + j, x);
     }
@@ -79,16 +80,16 @@ PYGPT_INLINE vf probabilities(float* scores, int64_t columns, float largest, vf 
   return sum;
 }
 
-// Scores (rows x `columns`, rows kBlock apart) -> probabilities. The first row is that of `query`; the first column that
-// of `key`, a multiple of kLanes; all columns are of one block. factor[r]: what the earlier output and sum are to be
-// multiplied by.
+// Scores (rows x `columns`, rows kBlock apart) -> probabilities. The first row is that of `query`, the first column of
+// `key`, a multiple of kLanes; all columns are of one block. factor[r]: by what to multiply the output and sum so far.
 template <class T>
 static void softmax_rows(const AttentionShape& shape, float* scores, int rows, int64_t columns, Running running,
                          float* factor, int64_t head, int64_t query, int64_t key) {
   float before[kLanes] = {}, after[kLanes] = {};
   for (int r = 0; r < rows; ++r) {
     before[r] = running.largest[r];
-    const float top = mask_scores(scores + r * kBlock, columns, seen_from(shape, head, query + r, key), before[r]);
+    const Seen seen = seen_from(shape, head, query + r, key);
+    const float top = mask_scores(scores + r * kBlock, columns, seen, before[r]);
     running.largest[r] = top;
     // Where no key was seen so far, or scores overflowed, there must be no -inf - -inf.
     after[r] = top == -std::numeric_limits<float>::infinity() ? 0.0f : top;
