@@ -25,7 +25,7 @@ from pygpt.model import GPT
 from pygpt.pretrained import load_with_tokenizer, resolve_checkpoint
 from pygpt.text import in_order, stream_text
 from pygpt.tokenizer import Tokenizer
-from pygpt.train.trainer import resolve_device
+from pygpt.train.trainer import MAX_SEED, resolve_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,8 @@ class SamplingConfig(Sampling):
             raise InputError(f"max_new_tokens must be 0 or more, got {self.max_new_tokens}")
         if "" in self.stop:
             raise InputError("stop must not be empty")
+        if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
+            raise InputError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
 
     def settings(self) -> dict[str, Any]:
         """As `stream_text` takes them."""

@@ -94,6 +94,11 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter still flushes at exit
         return 141
+    except OSError as error:  # a full disk, a file that may not be read
+        if os.environ.get("PYGPT_TRACEBACK"):
+            raise
+        print(f"pygpt: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

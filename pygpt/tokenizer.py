@@ -226,7 +226,7 @@ class CharTokenizer(Tokenizer):
             position = int(ids.argmin())
             raise InputError(
                 f"Character {text[position]!r} (U+{ord(text[position]):04X}) at position {position} is not among the "
-                f"{len(self._state['characters'])} of this vocabulary; one built with max_chars maps it to U+FFFD"
+                f"{len(self._state['characters'])} characters of this vocabulary: leave it out"
             )
         return ids.astype(np.uint32)
 
@@ -279,8 +279,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise InputError(f"{path} is damaged: {error}") from None
     try:
         return tokenizer_from_dict(state)
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path} does not describe a tokenizer: {error!r}") from None
+    except KeyError as error:
+        raise InputError(f"{path} does not describe a tokenizer: it lacks {error}") from None
+    except TypeError as error:
+        raise InputError(f"{path} does not describe a tokenizer: {error}") from None
 
 
 def tokenizer_from_dict(state: dict[str, Any]) -> Tokenizer:

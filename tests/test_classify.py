@@ -320,10 +320,10 @@ def test_a_run_that_cannot_go_on(base):
     with pytest.raises(InputError, match=r"train was all .* head now"):
         finetuned(replace(config, resume=True, steps=30, train="head"))
     labelled(base.parent, {"spam": 30, "other": 50})
-    with pytest.raises(InputError, match="the examples are not those that"):
+    with pytest.raises(InputError, match="the data are not those that"):
         finetuned(replace(config, resume=True, steps=30))
     (config.out / "dataset.json").unlink()
-    with pytest.raises(InputError, match="label 'other' is unknown: the classifier's labels are ham, spam"):
+    with pytest.raises(InputError, match=r"dataset\.json', which says what the run was trained on, is not readable"):
         finetuned(replace(config, resume=True, steps=30))
     _, results = finetuned(replace(config, overwrite=True))
     assert results["labels"] == ["other", "spam"]

@@ -124,7 +124,7 @@ def test_resumed_equals_uninterrupted(tmp_path, settings):
     for name, tensor in weights[0].items():
         assert torch.equal(tensor, weights[1][name]), name
     config.data.write_text(json.dumps([*ENTRIES, ENTRIES[0]]), encoding="utf-8")
-    with pytest.raises(ValueError, match="the examples are not those that"):
+    with pytest.raises(ValueError, match="the data are not those that"):
         finetune_instruct(replace(config, out=half, resume=True, steps=7), QUIET)
 
 

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pygpt.classifier import Classifier
-from pygpt.errors import InputError, MissingFileError
+from pygpt.errors import InputError, MissingFileError, PygptError
 from pygpt.model import GPT
 from pygpt.pretrained import checkpoint_tokenizer, checkpoints
 from pygpt.pretrained import resolve_checkpoint as resolve_checkpoint  # exported: it belongs here as well
@@ -34,6 +34,10 @@ from pygpt.tokenizer import Tokenizer
 from pygpt.train.lora import has_lora, merged
 
 TEMPORARY, OLD = ".tmp-", ".old-"
+
+
+class NotWrittenError(PygptError):
+    """A checkpoint could not be written."""
 
 
 class Saved(Protocol):
@@ -46,6 +50,11 @@ def check_vocabulary(folder: Path, vocab_size: int, data_tokenizer: Tokenizer | 
     """Raise InputError unless token ids mean the same to the model in `folder` as in the data."""
     ours = checkpoint_tokenizer(folder, vocab_size)
     if vocab_size < data_vocab_size or (ours and data_tokenizer and ours.to_dict() != data_tokenizer.to_dict()):
+        if ours and data_tokenizer and (ours.name, vocab_size) == (data_tokenizer.name, data_vocab_size):
+            raise InputError(
+                f"the data has another vocabulary than the model in '{folder}': as many tokens ({vocab_size}), but other "
+                f"characters; prepare the text with the model's tokenizer, or train a new model"
+            )
         names = [f"'{tokenizer.name}', " if tokenizer else "" for tokenizer in (data_tokenizer, ours)]
         raise InputError(
             f"the data has another vocabulary ({names[0]}{data_vocab_size} tokens) than the model in '{folder}' "
@@ -101,20 +110,33 @@ def _save_model(folder: Path, model: GPT | Classifier, beside: Sequence[Saved]) 
 
 @contextmanager
 def _written_as(final: Path) -> Iterator[Path]:
-    """A temporary folder which, once written and flushed to disk, takes the place of `final`."""
+    """A temporary folder which, once written and flushed to disk, takes the place of `final`. Raises NotWrittenError, with
+    the temporary folder removed, where the disk is full or cannot be written to."""
     temporary, old = final.with_name(TEMPORARY + final.name), final.with_name(OLD + final.name)
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
-    yield temporary
-    for path in [*temporary.iterdir(), temporary]:
-        _flush(path)
-    if final.exists():  # a folder cannot be renamed onto another one
-        os.replace(final, old)
-    os.replace(temporary, final)
-    _flush(final.parent)
-    if old.exists():
-        shutil.rmtree(old)
+    try:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in [*temporary.iterdir(), temporary]:
+            _flush(path)
+        if final.exists():  # a folder cannot be renamed onto another one
+            os.replace(final, old)
+        os.replace(temporary, final)
+        _flush(final.parent)
+        if old.exists():
+            shutil.rmtree(old)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise NotWrittenError(
+            f"'{final}' could not be written ({error}); {last_checkpoint(final.parent.parent)}"
+        ) from error
+
+
+def last_checkpoint(run: Path) -> str:
+    """Where a run that failed can be resumed from, for its message."""
+    saved = checkpoints(run)
+    return f"the last good checkpoint is '{saved[-1]}'" if saved else "no checkpoint was written yet"
 
 
 def _flush(path: Path) -> None:
@@ -175,9 +197,13 @@ def read_training(folder: Path) -> dict[str, Any]:
             f"'{folder}' is a model, not a checkpoint of a run (no training.json); it cannot be resumed"
         )
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        training = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"'{file}' is damaged ({error})") from error
+    known = isinstance(training, dict) and isinstance(training.get("settings"), dict)
+    if not known or not isinstance(training.get("step"), int):
+        raise InputError(f"'{file}' is damaged: it lacks the step or the settings of the run")
+    return training
 
 
 def _read(folder: Path) -> dict[str, Tensor]:

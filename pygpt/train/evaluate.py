@@ -182,7 +182,7 @@ def _encode(text: Path, tokenizer: Tokenizer) -> npt.NDArray[Any]:
     if not text.is_file():
         raise MissingFileError(f"no text file at '{text}'")
     try:
-        tokens = tokenizer.encode_array(text.read_text(encoding="utf-8"))
+        tokens = tokenizer.encode_array(text.read_bytes().decode("utf-8-sig"))  # as `prepare` reads it
     except UnicodeDecodeError as error:
         raise InputError(f"'{text}' is not UTF-8 text ({error.reason} at byte {error.start})") from error
     if len(tokens) < 2:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pygpt.errors import InputError
 
 FILE = "metrics.jsonl"
-DATASET_FILE = "dataset.json"  # what was counted while a run's examples were read, and their sha256
+DATASET_FILE = "dataset.json"  # what was counted while a run's data were read, and their sha256
 
 
 class Metrics:
@@ -24,8 +24,8 @@ class Metrics:
     """
 
     def __init__(self, run: Path, first_step: int, console: Console) -> None:
-        run.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read_metrics(run) if row["step"] <= first_step]
+        make_folder(run)
+        kept = [row for row in read_metrics(run) if row["step"] <= first_step] if first_step else []
         temporary = run / f"{FILE}.tmp"
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(temporary, run / FILE)
@@ -62,14 +62,17 @@ class Metrics:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The rows of RUN/metrics.jsonl; a last line that a crash cut off is left out."""
+    """The rows of RUN/metrics.jsonl; a last line that a crash cut off is left out. Raises InputError for any other line that
+    is no row."""
     file = run / FILE
+    lines = file.read_bytes().split(b"\n") if file.is_file() else [b""]
     rows = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+    for number, line in enumerate(lines[:-1], 1):
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            rows[-1]["step"] + 0
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"'{file}', line {number} is no row of metrics: delete that line, or the run") from error
     return rows
 
 
@@ -94,17 +97,34 @@ def _validation_losses(run: Path) -> list[float]:
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write a JSON object for people to read, and the folders above it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write a JSON object for people to read, and the folders above it; the file is never seen half written."""
+    make_folder(file.parent)
+    temporary = file.with_name(f"{file.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, file)
+
+
+def make_folder(run: Path) -> None:
+    """Make a run's folder where it is missing. Raises InputError where that cannot be done."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the run's folder '{run}' cannot be made ({error.strerror}); choose another --out") from error
 
 
 def check_same_data(run: Path, sha256: str) -> None:
-    """Raise InputError if RUN/dataset.json has another sha256: other examples would be split anew, and what was trained on
-    could end up in the test."""
+    """Raise InputError unless RUN/dataset.json has this sha256: other examples would be split anew, and what was trained on
+    could end up in the test; other tokens would be another training."""
     file = run / DATASET_FILE
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8"))["sha256"] != sha256:
-        raise InputError(f"cannot resume: the examples are not those that '{run}' was trained on")
+    try:
+        saved = json.loads(file.read_bytes())["sha256"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"cannot resume: '{file}', which says what the run was trained on, is not readable") from error
+    if saved != sha256:
+        raise InputError(
+            f"cannot resume: the data are not those that '{run}' was trained on; give the same, wherever they are now, or "
+            f"start a new run with --init-from {run}"
+        )
 
 
 def progress_bar(console: Console) -> Progress:
@@ -140,6 +160,7 @@ def plot_loss(run: Path, console: Console) -> Path | None:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
     axes.set(xlabel="step", ylabel="loss (nats)", title=run.name)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.savefig(run / "loss.png", dpi=120)
     return run / "loss.png"

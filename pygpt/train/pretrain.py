@@ -5,12 +5,14 @@ pygpt pretrain --data data/stdlib --out runs/mine
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -20,9 +22,11 @@ from pygpt.errors import InputError
 from pygpt.model import GPT, PRESETS, GPTConfig
 from pygpt.tokenizer import TOKENIZER_FILE, Tokenizer, encode_prompt, load_tokenizer
 from pygpt.train.checkpoint import check_vocabulary, checkpoints, resolve_checkpoint
+from pygpt.train.metrics import DATASET_FILE, check_same_data, write_json
 from pygpt.train.trainer import TrainConfig, Trainer, check_run, remove_run
 from pygpt.word2vec import init_embeddings
 
+BLOCK, BLOCKS = 1 << 20, 64
 SMALL = {"n_layer": 6, "n_head": 6, "n_embd": 192, "block_size": 128}
 
 
@@ -118,6 +122,9 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Path:
             raise InputError(f"init_embeddings needs to know the text of each token: '{data}' has no {TOKENIZER_FILE}")
         matched = init_embeddings(model, tokenizer, config.init_embeddings)
         tell(f"{matched:,} of {tokenizer.vocab_size:,} tokens start from their vectors in {config.init_embeddings}")
+    digest = fingerprint(train, val)
+    if latest is not None:
+        check_same_data(config.out, digest)
     block_size = model.config.block_size
     _check_length(train, block_size)
     _check_length(val, block_size)
@@ -138,10 +145,25 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Path:
         remove_run(config.out)
     size = f"{model.get_num_params(non_embedding=False) / 1e6:.1f}M parameters"
     tell(f"{size} on {trainer.device} in {config.dtype}; {len(train):,} training tokens; run folder {config.out}")
+    report = {"train_tokens": len(train), "val_tokens": len(val), "sha256": digest}
+    write_json(config.out / DATASET_FILE, report)
     trainer.train()
     if checkpoints(config.out):
         tell(f"latest checkpoint {checkpoints(config.out)[-1]}; to see what it writes: pygpt generate {config.out}")
     return config.out
+
+
+def fingerprint(*files: TokenFile) -> str:
+    """A SHA-256 by which token files are known again, wherever they are: of all of a file up to 64 MiB, of a longer one's
+    size and 64 blocks of 1 MiB, the first and the last among them."""
+    digest = hashlib.sha256()
+    for file in files:
+        data = file.tokens.view(np.uint8)
+        digest.update(f"{file.tokens.dtype} {data.size} ".encode())
+        starts = np.linspace(0, data.size - BLOCK, BLOCKS).astype(np.int64) if data.size > BLOCK * BLOCKS else [0]
+        for start in starts:
+            digest.update(data[start : start + BLOCK if len(starts) > 1 else None].data)
+    return digest.hexdigest()
 
 
 def _mean_loss(model: GPT, batch: Callable[[int], tuple[Tensor, Tensor]], batches: int) -> float:

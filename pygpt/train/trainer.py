@@ -31,6 +31,7 @@ from pygpt.peaks import peak_flops
 from pygpt.tokenizer import Tokenizer
 from pygpt.train.checkpoint import (
     checkpoints,
+    last_checkpoint,
     load_checkpoint,
     read_training,
     remove_leftovers,
@@ -44,14 +45,20 @@ from pygpt.train.metrics import (
     holds_run,
     plot_loss,
     progress_bar,
+    read_metrics,
 )
 
 Batch = tuple[Tensor, ...]
+MAX_SEED = 2**63 - 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class DivergedError(PygptError):
     """The loss is no longer a finite number."""
+
+
+class _StopRequestedError(Exception):
+    """Leaves an evaluation or a sample that Ctrl-C came in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +116,8 @@ class TrainConfig:
             raise InputError(f"betas must be at least 0 and below 1, got {self.betas}")
         if self.peak_tflops is not None and not self.peak_tflops > 0:
             raise InputError(f"peak_tflops must be above 0, got {self.peak_tflops}")
+        if self.seed > MAX_SEED:
+            raise InputError(f"seed must be at most 2**63 - 1, got {self.seed}")
         if self.dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got '{self.dtype}'")
 
@@ -119,7 +128,7 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # meta has tensors, but no numbers in them
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"device '{name}' cannot be used here: {reason}; try --device cpu") from error
@@ -175,7 +184,8 @@ class Trainer:
     def resume(self, checkpoint: Path) -> None:
         """Go on where `checkpoint` stood: its optimizer, random generators and step. The model must hold its weights."""
         self.step = load_checkpoint(checkpoint, self.model, self.optimizer)
-        if self.step >= self.config.steps:
+        beyond = self.step - self.config.steps
+        if beyond > 0 or (beyond == 0 and not self._lacks_evaluation()):
             raise InputError(
                 f"'{checkpoint}' is already at step {self.step} of {self.config.steps}; ask for more --steps"
             )
@@ -190,12 +200,12 @@ class Trainer:
         config, loss = self.config, math.nan
         remove_leftovers(self.run)
         with (
+            stop_on_signal(self),  # first: opening the metrics imports TensorBoard, which takes its time
             Metrics(self.run, self.step, self.console) as metrics,
-            stop_on_signal(self),
             progress_bar(self.console) as bar,
         ):
             task = bar.add_task("training", total=config.steps, completed=self.step, status="")
-            if self.step == 0:
+            if self.step == 0 or self._lacks_evaluation():
                 self._evaluate(metrics)
             self._since = time.perf_counter()
             stop = self.stop_requested or self._out_of_patience()
@@ -212,8 +222,8 @@ class Trainer:
                 if save:
                     self.save()
                 if self._due(config.eval_every):
-                    self._evaluate(metrics)
-                    if self._out_of_patience() and not stop:
+                    complete = self._evaluate(metrics)
+                    if not complete or (self._out_of_patience() and not stop):
                         stop = True
                         if not save:
                             self.save()
@@ -225,7 +235,9 @@ class Trainer:
             self.console.print(
                 f"stopped after step {self.step}: {config.patience} evaluations in a row without a lower validation loss"
             )
-        elif self.step < config.steps:
+        elif self.step == 0:
+            self.console.print("stopped before the first step: nothing was saved")
+        elif self.step < config.steps or self._lacks_evaluation():
             self.console.print(f"stopped after step {self.step}; the same command with --resume goes on from there")
         return loss
 
@@ -291,18 +303,26 @@ class Trainer:
         return values
 
     def _raise_diverged(self, step: int, loss: float, norm: float) -> NoReturn:
-        saved = checkpoints(self.run)
-        last = f"the last good checkpoint is '{saved[-1]}'" if saved else "no checkpoint was written yet"
+        plot_loss(self.run, self.console)
         raise DivergedError(
-            f"training diverged: at step {step} the loss is {loss} and the gradient's norm {norm}; {last}. "
-            f"Start again with a lower learning_rate or a longer warmup"
+            f"training diverged: at step {step} the loss is {loss} and the gradient's norm {norm}; "
+            f"{last_checkpoint(self.run)}. Start again with a lower learning_rate or a longer warmup"
         )
 
-    def _evaluate(self, metrics: Metrics) -> None:
+    def _lacks_evaluation(self) -> bool:
+        """Whether the current step is to be evaluated and was not: Ctrl-C or a crash came first."""
+        evaluated = {row["step"] for row in read_metrics(self.run) if "val_loss" in row}
+        return self.evaluate is not None and self._due(self.config.eval_every) and self.step not in evaluated
+
+    def _evaluate(self, metrics: Metrics) -> bool:
+        """Whether it was completed: Ctrl-C ends it, with nothing written down."""
         if self.evaluate is None:
-            return
-        with self._aside():
-            found = self.evaluate(self.model)
+            return True
+        try:
+            with self._aside():
+                found = self.evaluate(self.model)
+        except _StopRequestedError:
+            return False
         values = found if isinstance(found, dict) else {"val_loss": found}
         is_best = values["val_loss"] < best_validation_loss(self.run)
         metrics.write(self.step, **values)
@@ -312,6 +332,7 @@ class Trainer:
         self.console.print(f"step {self.step}: validation {figures}")
         if is_best and self.step > 0:
             save_best(self.run, self.model, self.beside)
+        return True
 
     def _out_of_patience(self) -> bool:
         return 0 < self.config.patience <= evaluations_since_best(self.run)
@@ -319,18 +340,31 @@ class Trainer:
     def _show_sample(self) -> None:
         if self.sample is None:
             return
-        with self._aside():
-            text = self.sample(self.model)
+        try:
+            with self._aside():
+                text = self.sample(self.model)
+        except _StopRequestedError:
+            return
         self.console.rule(f"sample after step {self.step}")
         self.console.print(text, markup=False, highlight=False)
         self.console.rule()
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
-        """Evaluation mode; random generators are left as they were, so that training draws the same dropout afterwards."""
-        with torch.random.fork_rng(), torch.no_grad():
-            self.model.eval()
-            yield
+        """Evaluation mode; random generators are left as they were, so that training draws the same dropout afterwards.
+        Raises _StopRequestedError where the model is called after Ctrl-C."""
+
+        def check(*_: object) -> None:
+            if self.stop_requested:
+                raise _StopRequestedError
+
+        hook = self.model.transformer.register_forward_pre_hook(check)
+        try:
+            with torch.random.fork_rng(), torch.no_grad():
+                self.model.eval()
+                yield
+        finally:
+            hook.remove()
             self.model.train()
 
 
@@ -378,6 +412,9 @@ def check_run(
     config: TrainConfig, run: Path, resume: bool, overwrite: bool, changeable: tuple[str, ...]
 ) -> Path | None:
     """The checkpoint of `run` to resume from, if any. What is in the folder is never overwritten unasked."""
+    file = next((path for path in (run, *run.parents) if path.is_file()), None)
+    if file is not None:
+        raise InputError(f"'{run}' cannot be a run's folder: '{file}' is a file; choose another --out")
     found = checkpoints(run)
     if resume:
         if not found:
