@@ -111,3 +111,62 @@ def test_cpu_capability_variable():
     broken = run("import torch; " + code, PYGPT_CPU_CAPABILITY="avx1024")
     assert "avx1024" in broken.stderr
     assert broken.returncode == 1  # an exception, not a crash
+
+
+def _op(name: str, x: torch.Tensor) -> torch.Tensor:
+    weight = torch.linspace(0.5, 1.5, x.shape[-1], dtype=x.dtype)
+    if name == "layer_norm":
+        return ops.layer_norm(x, weight)
+    if name == "add_layer_norm":
+        return ops.add_layer_norm(x, x.flip(0), weight)[0]
+    if name == "gelu":
+        return ops.gelu(x)
+    if name == "linear":
+        return ops.linear(x, weight.repeat(16, 1))
+    if name == "linear_cross_entropy":
+        return ops.linear_cross_entropy(x, weight.repeat(40, 1).cumsum(0), torch.arange(len(x)) % 40)
+    q = x.view(1, len(x), 2, -1)
+    return ops.causal_attention(q, q.flip(3), q)
+
+
+DIFFERENTIABLE = ("layer_norm", "add_layer_norm", "gelu", "linear", "linear_cross_entropy", "causal_attention")
+
+
+@needs_extension
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize("grad", ["constant", "of x"])
+def test_a_second_derivative_is_an_error_never_a_wrong_number(name, grad):
+    torch.manual_seed(0)
+    x = torch.randn(SECOND_ROWS, 32, requires_grad=True)
+    with pygpt.use_backend("cpp"):
+        y = _op(name, x) * (1.0 if grad == "constant" else x.sum())
+        (first,) = torch.autograd.grad(y.sum() + x.square().sum(), x, create_graph=True)
+        if type(_op(name, x).grad_fn).__name__ == "AddmmBackward0":  # torch's own product
+            return
+        with pytest.raises(pygpt.errors.PygptError, match=r"no second derivative; .* pygpt.use_backend\('eager'\)"):
+            torch.autograd.grad(first.square().sum(), x)
+    with pygpt.use_backend("eager"):
+        (first,) = torch.autograd.grad(_op(name, x).sum(), x, create_graph=True)
+        if name != "linear_cross_entropy" and name != "causal_attention":
+            torch.autograd.grad(first.square().sum() + 0 * x.sum(), x)
+
+
+SECOND_ROWS = 40
+
+
+@needs_extension
+@pytest.mark.parametrize("name", DIFFERENTIABLE[:4])
+@pytest.mark.parametrize("rows", [3, backends.SMALL // 32])
+def test_forward_mode_and_torch_func_run_the_reference(name, rows):
+    torch.manual_seed(0)
+    x, tangent = torch.randn(rows, 32), torch.randn(rows, 32)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        found = torch.autograd.forward_ad.unpack_dual(_op(name, dual)).tangent
+    with pygpt.use_backend("eager"):
+        _, expected = torch.func.jvp(lambda x: _op(name, x), (x,), (tangent,))
+        gradient = torch.func.grad(lambda x: _op(name, x).square().sum())(x)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.func.grad(lambda x: _op(name, x).square().sum())(x), gradient)
+    with pygpt.use_backend("cpp"), pytest.raises(ValueError, match="no formula for forward-mode differentiation"):
+        torch.func.grad(lambda x: ops.gelu(x).sum())(x)

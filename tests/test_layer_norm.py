@@ -60,28 +60,56 @@ def test_matches_float64(capability, shape, dtype, with_bias):
 
 
 @needs_extension
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
-    rows=st.integers(1, 70),
+    rows=st.integers(0, 70),
     C=st.integers(1, 130),
     dtype=st.sampled_from(DTYPES),
     weight_dtype=st.sampled_from(["same", "float32"]),
-    step=st.integers(1, 3),
+    has_bias=st.booleans(),
+    fused=st.booleans(),
+    strides=st.lists(st.sampled_from(["contiguous", "step", "transposed"]), min_size=4, max_size=4),
     scale=st.sampled_from([1e-3, 1.0, 100.0]),
     level=st.sampled_from(backends.extension.available_cpu_capabilities() if backends.extension else [""]),
 )
-def test_odd_shapes_and_strides(rows, C, dtype, weight_dtype, step, scale, level):
-    x = leaf(rows, C * step, dtype=dtype, scale=scale)[:, ::step]
-    weight = leaf(C, dtype=dtype if weight_dtype == "same" else torch.float32, seed=2)
+def test_odd_shapes_and_strides(rows, C, dtype, weight_dtype, has_bias, fused, strides, scale, level):
+    """Forward and backward of both ops; x, residual and both gradients each with strides of their own."""
+
+    def matrix(seed: int, how: str, scale: float = 1.0) -> torch.Tensor:
+        values = leaf(rows, C, dtype=dtype, seed=seed, scale=scale).detach()
+        if how == "transposed":
+            return values.t().contiguous().t()
+        if how == "step":
+            return torch.stack([values, torch.full_like(values, torch.nan)], dim=-1).flatten(1)[:, ::2]
+        return values
+
+    x, residual = (matrix(seed, strides[seed], scale).requires_grad_() for seed in (0, 1))
+    grads = [matrix(seed, strides[seed]) for seed in (2, 3)][: 1 + fused]
+    wide = dtype if weight_dtype == "same" else torch.float32
+    weight, bias = leaf(C, dtype=wide, seed=4), leaf(C, dtype=wide, seed=5) if has_bias else None
+    inputs = [t for t in (x, residual if fused else None, weight, bias) if t is not None]
+    exact = {id(t): t.detach().double().requires_grad_() for t in inputs}
+    arguments = [t if t is None else exact[id(t)] for t in ((x, residual) if fused else (x,)) + (weight, bias)]
+    if fused:  # the statistics are those of the sum as it is rounded
+        total = (x + residual).detach()
+        rounded = exact[id(x)] + exact[id(residual)]
+        rounded = rounded + (total.double() - rounded).detach()
+        expected = (layer_norm_reference(rounded, *arguments[2:]), rounded)
+    else:
+        expected = (layer_norm_reference(*arguments),)
+    wanted = torch.autograd.grad(expected, list(exact.values()), [g.double() for g in grads])
     before = backends.extension.cpu_capability()
     backends.extension.set_cpu_capability(level)
     try:
         with backends.use_backend("cpp"):
-            assert_close(
-                ops.layer_norm(x, weight), F.layer_norm(x.double(), (C,), weight.double()), dtype, f"{level} y"
-            )
+            out = ops.add_layer_norm(x, residual, weight, bias) if fused else (ops.layer_norm(x, weight, bias),)
+            found = torch.autograd.grad(out, inputs, grads)
     finally:
         backends.extension.set_cpu_capability(before)
+    for name, a, b in zip(("y", "sum"), out, expected, strict=False):
+        assert_close(a, b, dtype, f"{level} {name}")
+    for a, b, t in zip(found, wanted, inputs, strict=True):
+        assert_close(a, b, dtype, f"{level} gradient of {tuple(t.shape)}")
 
 
 def test_large_mean_keeps_its_variance(capability):

@@ -8,6 +8,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pygpt.errors import PygptError
+
+
+class _Refuse(torch.autograd.Function):
+    """A gradient that depends on `inputs` and cannot be differentiated by them."""
+
+    @staticmethod
+    def forward(ctx, gradient, *inputs):  # type: ignore[no-untyped-def]
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+        raise PygptError(
+            "pygpt's compiled ops have no second derivative; compute the first one with pygpt.use_backend('eager')"
+        )
+
+
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward formula made of operators without a formula of their own: differentiating its results is an error.
+
+    torch's `once_differentiable` leaves a second derivative silently without these terms where the incoming gradient is a
+    constant, as the one of a sum is."""
+
+    def run(ctx: Any, *grads: Any) -> Any:
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return results
+        inputs = [t for t in (*ctx.saved_tensors, *grads) if isinstance(t, Tensor) and t.requires_grad]
+        if not inputs:
+            return results
+        if isinstance(results, Tensor):
+            return _Refuse.apply(results, *inputs)
+        return tuple(_Refuse.apply(r, *inputs) if isinstance(r, Tensor) else r for r in results)
+
+    return run
+
 
 def differentiable(
     name: str, fake: Callable[..., Any], setup: Callable[..., None], backward: Callable[..., Any]
@@ -19,6 +56,7 @@ def differentiable(
     with a `torch.autograd.Function`: the generic formula costs several microseconds more in each call, as much as the
     whole arithmetic of a small layer.
     """
+    backward = first_order(backward)
     torch.library.register_fake(f"pygpt::{name}", fake)
     torch.library.register_autograd(f"pygpt::{name}", backward, setup_context=setup)
     op = getattr(torch.ops.pygpt, name).default

@@ -3,7 +3,8 @@
 A *backend* is a column of the grid: `eager` (the reference in plain PyTorch, always there), `cpp` (compiled CPU kernels,
 `pygpt._C`), `cuda` (compiled CUDA kernels, `pygpt._cuda`), `triton` (`pygpt.kernels`). By default each op takes the
 first backend of its device's order that has a kernel for the dtype, else `eager`; on a GPU the order is what measured
-fastest there (choices.py). `use_backend` or the variable
+fastest there (choices.py). Under forward-mode differentiation and torch.func's transforms, for which the kernels
+have no formula, ops run the reference. `use_backend` or the variable
 PYGPT_BACKEND force one: then a dtype or device it cannot serve is an error, never a silent fallback, and only ops that
 have no kernel in that column at all still run the reference.
 """
@@ -19,6 +20,7 @@ from dataclasses import dataclass, replace
 from types import ModuleType, TracebackType
 
 import torch
+from torch.autograd import forward_ad as _forward_ad
 
 from pygpt.errors import InputError
 from pygpt.ops import choices
@@ -166,6 +168,13 @@ def problem(backend: str) -> str:
 
 def choose(op: str, x: torch.Tensor) -> str:
     """Name of the backend that answers `op` for tensors like `x`. Raises InputError where a forced one cannot."""
+    if _forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        if _forced not in (None, "eager"):
+            raise InputError(
+                f"{op}: backend '{_forced}' was asked for and has no formula for forward-mode differentiation or torch.func; "
+                f"drop use_backend / PYGPT_BACKEND there"
+            )
+        return "eager"
     if _is_compiling():  # a graph would be guarded on the cache, and compiled again as soon as anyone adds to it
         return _resolve(op, x.device.type, x.dtype, forced())
     key = (op, x.device.type, x.dtype, _forced)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pygpt.errors import InputError, InputTypeError
 from pygpt.ops import backends
+from pygpt.ops.autograd import first_order
 from pygpt.ops.checks import check_device
 from pygpt.ops.linear import matmul_nt
 
@@ -81,7 +82,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 from pygpt.kernels.cross_entropy import linear_cross_entropy as kernel  # imports Triton
 
                 loss, *grads = kernel(hidden, weight, targets, ignore_index, need_hidden, need_weight)
-                ctx.save_for_backward(*grads)
+                ctx.save_for_backward(*grads, hidden, weight)
                 return loss
             valid = targets != ignore_index
             count = valid.sum()
@@ -105,13 +106,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     torch.mul(matmul_nt(grad_logits, weight.t()), row_weight[part], out=grad_hidden[part])
                 if grad_weight is not None:
                     grad_weight.addmm_(grad_logits.t(), hidden[part] * row_weight[part])
-            ctx.save_for_backward(grad_hidden, grad_weight)
+            ctx.save_for_backward(grad_hidden, grad_weight, hidden, weight)  # the inputs for `first_order` alone
             return total / count
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_hidden, grad_weight, *_ = ctx.saved_tensors
         # The usual upstream gradient is exactly 1; looking is free on a CPU and would stop the stream on a GPU.
         if torch.compiler.is_compiling() or grad.device.type != "cpu" or grad.item() != 1.0:
             grad_hidden = None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype)

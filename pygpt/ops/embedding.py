@@ -11,9 +11,7 @@ from pygpt.ops import backends
 from pygpt.ops.autograd import differentiable
 from pygpt.ops.checks import check_device
 
-backends.register(
-    "embedding", cpp=(torch.float32, torch.bfloat16), cuda=(torch.float32, torch.bfloat16, torch.float16)
-)
+backends.register("embedding", cpp=(torch.float32, torch.bfloat16), cuda=(torch.float32, torch.bfloat16, torch.float16))
 
 
 def embedding_reference(
