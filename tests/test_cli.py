@@ -273,6 +273,21 @@ def test_what_cannot_be_resumed(run, data, fails):
     assert "'empty' has no checkpoint" in fails(*again, "--out", "empty")
     assert "n_embd was 16" in fails(*again, "--out", "run", "--n-embd", "32", "--steps", "40")
     assert "learning_rate was 0.01" in fails(*again, "--out", "run", "--learning-rate", "0.1", "--steps", "40")
+    again = [*again, "--out", "run", "--steps", "31"]
+    Path("moved").mkdir()
+    for name in ("train.bin", "val.bin", "meta.json", "pygpt_tokenizer.json"):
+        Path("moved", name).write_bytes(Path("data", name).read_bytes())
+    assert main([*again, "--data", "moved"]) == 0  # the same data in another place
+    for name in ("train.bin", "val.bin"):
+        tokens = bytearray(Path("moved", name).read_bytes())
+        tokens[1000:1004] = tokens[1002:1004] + tokens[1000:1002]
+        Path("moved", name).write_bytes(tokens)
+        assert "the data are not those" in fails(*again, "--data", "moved", "--steps", "40")
+        Path("moved", name).write_bytes(Path("data", name).read_bytes())
+    Path("run/dataset.json").rename("dataset.json")
+    assert "'run/dataset.json', which says" in fails(*again, "--steps", "40")
+    Path("dataset.json").rename("run/dataset.json")
+    again = again[:-4]
     (resolve_checkpoint("run") / "training.safetensors").unlink()
     assert "training.safetensors" in fails(*again, "--out", "run", "--steps", "40")
 
@@ -292,7 +307,9 @@ def test_data_that_does_not_fit(run, data, fails):
         ["pretrain", "--data", "other", "--out", "run", "--resume", *RUN, "--steps", "40"],
         ["eval", "run", "--data", "other"],
     ):
-        assert "another vocabulary" in fails(*command)
+        message = fails(*command)
+        assert "another vocabulary" in message
+        assert f"as many tokens ({other.vocab_size}), but other characters" in message
     assert "not among" in fails("eval", "run", "--text", "other.txt")
     assert "no text file at 'gone.txt'" in fails("eval", "run", "--text", "gone.txt")
     Path("latin.txt").write_bytes(b"caf\xe9 con leche")
@@ -300,6 +317,43 @@ def test_data_that_does_not_fit(run, data, fails):
     Path("one.txt").write_text("1")
     assert "at least 2" in fails("eval", "run", "--text", "one.txt")
     assert not Path("new").exists()
+
+
+def test_line_ends_count_as_they_are(folder, capsys):
+    """prepare and eval read the same text: with its carriage returns, and without a byte-order mark."""
+    text = "".join(f"{i} is a number\r\n" for i in range(400))
+    (folder / "dos.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert main(["prepare", "--inputs", "dos.txt", "--out", "data", "--tokenizer", "char"]) == 0
+    assert main(["pretrain", "--data", "data", "--out", "run", *SMALL, "--steps", "1"]) == 0
+    capsys.readouterr()
+    assert main(["eval", "run", "--text", "dos.txt", "--device", "cpu"]) == 0
+    assert f"{len(text) - 1:,} tokens: loss" in capsys.readouterr().out
+    tokens = load_tokenizer(folder / "data").encode(text)
+    assert len(tokens) == sum(len(load_tokens(folder / "data", split)) for split in ("train", "val"))
+
+
+def test_folders_and_seeds_that_cannot_be_used(run, data, fails, rejected):
+    Path("file").write_text("mine")
+    for out in ("file", "file/run"):
+        for more in ([], ["--overwrite"]):
+            assert "'file' is a file" in fails("pretrain", "--data", "data", "--out", out, *RUN, *more)
+    if sys.platform == "linux":
+        assert "'/proc/x' cannot be made" in fails("pretrain", "--data", "data", "--out", "/proc/x", *RUN)
+    assert Path("file").read_text() == "mine"
+    for seed in (2**63, 2**64 - 1, 10**23, -1):
+        for command in (["pretrain"], ["generate", "run"], ["chat", "run"]):
+            assert "seed must be" in rejected(*command, "--seed", str(seed))
+    largest = ["--seed", str(2**63 - 1)]
+    assert main(["pretrain", "--data", "data", "--out", "new", *RUN, *largest]) == 0
+    assert main(["generate", "new", "--device", "cpu", "--max-new-tokens", "3", *largest]) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file that exists and cannot be read, by root neither")
+def test_what_the_system_refuses_is_no_traceback(run, fails, monkeypatch):
+    assert "Input/output error" in fails("eval", "run", "--text", "/proc/self/mem", "--device", "cpu")
+    monkeypatch.setenv("PYGPT_TRACEBACK", "1")
+    with pytest.raises(OSError, match="Input/output"):
+        main(["eval", "run", "--text", "/proc/self/mem", "--device", "cpu"])
 
 
 def test_models_that_cannot_be_had(run, data, fails):
@@ -358,7 +412,8 @@ def test_an_unknown_backend():
 
 
 def test_a_device_that_is_not_there(run, fails):
-    assert "device 'cuda:99' cannot be used" in fails("generate", "run", "--device", "cuda:99")
+    for device in ("cuda:99", "meta"):
+        assert f"device '{device}' cannot be used" in fails("generate", "run", "--device", device)
 
 
 def test_traceback_on_request(monkeypatch):
