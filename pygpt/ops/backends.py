@@ -107,6 +107,7 @@ _kernels: dict[str, dict[str, frozenset[torch.dtype]]] = {}  # op -> backend -> 
 _forced: str | None = None
 _environment = os.environ.get("PYGPT_BACKEND")  # looked at when it first matters: `import pygpt` never fails for it
 _is_compiling = torch.compiler.is_compiling
+_in_torch_func = torch._C._are_functorch_transforms_active  # as torch.autograd.Function asks it
 _chosen: dict[tuple[str, str, torch.dtype, str | None], str] = {}
 
 
@@ -160,16 +161,27 @@ def ready(backend: str) -> bool:
 
 
 def problem(backend: str) -> str:
-    """Why a backend cannot run on this machine; empty where it can."""
+    """Why a backend cannot run on this machine; empty where it can. Raises InputError for a bad PYGPT_CPU_CAPABILITY."""
     if backend == "cuda" and not _columns[backend].problem:
         return _cuda_device_problem()
+    if backend == "cpp" and extension is not None:
+        cpu_capability()
     return _column(backend).problem
+
+
+def cpu_capability() -> str:
+    """Instruction set of the compiled CPU kernels. Raises InputError if PYGPT_CPU_CAPABILITY names none of this machine."""
+    assert extension is not None
+    try:
+        return str(extension.cpu_capability())
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def choose(op: str, x: torch.Tensor) -> str:
     """Name of the backend that answers `op` for tensors like `x`. Raises InputError where a forced one cannot."""
-    if _forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
-        if _forced not in (None, "eager"):
+    if needs_reference():
+        if forced() in _kernels[op]:
             raise InputError(
                 f"{op}: backend '{_forced}' was asked for and has no formula for forward-mode differentiation or torch.func; "
                 f"drop use_backend / PYGPT_BACKEND there"
@@ -184,6 +196,11 @@ def choose(op: str, x: torch.Tensor) -> str:
         key = (op, x.device.type, x.dtype, _forced)
         backend = _chosen[key] = _resolve(*key)
     return backend
+
+
+def needs_reference() -> bool:
+    """Whether forward-mode differentiation or a transform of torch.func is at work, which kernels have no formula for."""
+    return _forward_ad._current_level >= 0 or _in_torch_func()
 
 
 def automatic_on_cpu(x: torch.Tensor, fewer_than: float = math.inf) -> bool:
@@ -305,6 +322,8 @@ def _in_use(op: str, device: str) -> str:
     try:
         return _resolve(op, device, torch.float32, _forced)
     except InputError:
+        if _forced is None:  # a bad PYGPT_CPU_CAPABILITY
+            raise
         return f"error ({_forced} forced)"
 
 
@@ -352,5 +371,5 @@ def build_info() -> dict[str, str]:
         return info | {"compiled kernels": f"none: {_cpp_problem}"}
     return info | {
         "compiled kernels": f"pygpt._C {extension.version}, built with torch {extension.built_with_torch}",
-        "CPU capability": f"{extension.cpu_capability()} (of {', '.join(extension.available_cpu_capabilities())})",
+        "CPU capability": f"{cpu_capability()} (of {', '.join(extension.available_cpu_capabilities())})",
     }

@@ -38,12 +38,15 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
 
     hidden: (N, C) and weight: (V, C), floating point, one dtype. targets: (N,) int64, each in [0, V) or `ignore_index`.
     Returns a float32 scalar (float64 for float64): the mean over targets that are not ignored, NaN when all are. Once
-    differentiable. Raises InputError for shapes, devices and targets out of range, InputTypeError for dtypes.
+    differentiable. In forward mode and under torch.func's transforms it is the reference, with the whole logits in memory.
+    Raises InputError for shapes, devices and targets out of range, InputTypeError for dtypes.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     _check(hidden, weight, targets, ignore_index)
+    if backends.needs_reference():
+        return linear_cross_entropy_reference(hidden, weight, targets, ignore_index)
     return _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index)
 
 
@@ -62,7 +65,8 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -
     if targets.dtype != torch.int64:
         raise InputTypeError(f"{op}: targets are {targets.dtype}; they must be int64")
     check_device(op, hidden, weight=weight, targets=targets)
-    if targets.device.type == "cpu" and targets.numel() and not torch.compiler.is_compiling():
+    hidden_values = torch.compiler.is_compiling() or backends.needs_reference()  # under vmap nobody may look at them
+    if targets.device.type == "cpu" and targets.numel() and not hidden_values:
         # On a GPU the check would stop the stream; there the gather below asserts.
         wrong = ((targets < 0) & (targets != ignore_index)) | (targets >= weight.shape[0])
         if wrong.any():
@@ -110,7 +114,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             return total / count
 
     @staticmethod
-    @first_order
+    @first_order("linear_cross_entropy", "call linear_cross_entropy_reference of pygpt.ops.cross_entropy")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_hidden, grad_weight, *_ = ctx.saved_tensors
         # The usual upstream gradient is exactly 1; looking is free on a CPU and would stop the stream on a GPU.
