@@ -8,23 +8,23 @@ namespace pygpt::PYGPT_ISA {
 constexpr float kGeluCubic = 0.044715f;
 constexpr float kGeluScale = -2.0f * 0.7978845608f * 1.4426950409f;  // -2 sqrt(2 / pi) log2(e): u to the exponent of 2
 
-// Beyond it the logistic function is 0 or 1 in float32, but products with it would still be rounded wrong, or overflow.
-constexpr float kGeluFar = 16.0f;
+// From there on the logistic function of 2u is 0 or 1 in float32, but for 1e-38: still within the range of vexp2.
+constexpr float kGeluFar = 10.0f;
 
-PYGPT_INLINE vf at_least_far(vf x) { return x < splat(-kGeluFar) ? splat(-kGeluFar) : x; }  // in this order NaN stays NaN
+// In this order NaN stays NaN.
+PYGPT_INLINE vf at_least_far(vf x) { return x < splat(-kGeluFar) ? splat(-kGeluFar) : x; }
 PYGPT_INLINE vf at_most_far(vf x) { return x > splat(kGeluFar) ? splat(kGeluFar) : x; }
 
+// x: at least -kGeluFar.
 PYGPT_INLINE vf logistic_of_2u(vf x, vf square) {
-  vf exponent = x * (square * kGeluCubic + 1.0f) * kGeluScale;
-  exponent = exponent > splat(126.0f) ? splat(126.0f) : exponent;
-  return 1.0f / (vexp2(exponent) + 1.0f);
+  return 1.0f / (vexp2(x * (square * kGeluCubic + 1.0f) * kGeluScale) + 1.0f);
 }
 
 template <class T>
 void gelu_forward(const T* x, T* y, int64_t count) {
   PYGPT_FOR_LANES(count, {
-    const vf v = at_least_far(load_step(x + i, n)), near = at_most_far(v);
-    store_step(y + i, v * logistic_of_2u(near, near * near), n);
+    const vf v = at_least_far(load_step(x + i, n));
+    store_step(y + i, v * logistic_of_2u(v, v * v), n);
   })
 }
 
