@@ -99,7 +99,7 @@ def test_matches_float64(capability, shape, dtype, dropout_p):
     D=st.integers(1, 140),
     dtype=st.sampled_from(DTYPES),
     layout=st.sampled_from(["contiguous", "packed", "heads first", "every second", "cache"]),
-    dropout_p=st.sampled_from([0.0, 0.0, 0.1, 0.9]),
+    dropout_p=st.sampled_from([0.0, 0.0, 0.1, 0.5]),
     scale=st.sampled_from([None, 0.02, -0.3, 0.0]),
     documents=st.booleans(),
     level=st.sampled_from(backends.extension.available_cpu_capabilities() if backends.extension else [""]),
