@@ -210,8 +210,9 @@ def test_the_terminal(learned, tmp_path):
     command = [sys.executable, "-m", "pygpt", "chat", str(tmp_path), "--max-new-tokens", "1000000", "--device", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"}
     process = subprocess.Popen(
-        command, env=environment, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-    )
+        command, env=environment, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
+    )  # fmt: skip
     shown = {process.stdout: b"", process.stderr: b""}
 
     def wait_for(pattern: bytes, stream, interrupt: bool = False) -> None:
