@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test bench gpu lint clean
+.PHONY: demo arc test bench gpu lint clean
 
 demo: $(VENV)/.train            ## pretrain a small GPT on Python's standard library and print a sample
 	$(BIN)/pygpt info
@@ -16,6 +16,10 @@ demo: $(VENV)/.train            ## pretrain a small GPT on Python's standard lib
 	  --batch-size 16 --block-size 128 --steps 1500 --learning-rate 3e-3 --prompt "def " --sample-tokens 500
 	@echo "checkpoint: runs/demo/checkpoints   loss plot: runs/demo/loss.png"
 	@echo "try: $(BIN)/pygpt generate runs/demo --prompt 'class '"
+
+# The labelled data sets are downloaded, unless SMS and INSTRUCTIONS name files.
+arc: $(VENV)/.arc               ## from raw text to a spam filter and an assistant; writes runs/arc/arc.md
+	$(BIN)/python bench/arc.py $(if $(SMS),--sms "$(SMS)") $(if $(INSTRUCTIONS),--instructions "$(INSTRUCTIONS)")
 
 test: $(VENV)/.test             ## every test
 	$(BIN)/python -m pytest -n 2 --dist loadgroup

@@ -86,7 +86,11 @@ def compare(
     work: float,
     unit: str,
 ) -> None:
-    """Time both and add a Row. work: bytes (unit "GB/s") or floating-point operations (unit "GFLOP/s") of one call."""
+    """Time both and add a Row. work: bytes (unit "GB/s") or floating-point operations (unit "GFLOP/s") of one call.
+
+    A forward pass alone is that of generation and evaluation, without autograd; training always runs both passes.
+    """
+    ours, peer = (torch.no_grad()(f) if passes == "forward" else f for f in (ours, peer))
     _check_agreement(ours(), peer(), dtype)
     once = min(_seconds(ours, 1), _seconds(ours, 1)) + min(_seconds(peer, 1), _seconds(peer, 1))
     calls = max(1, round(1e-3 / once))  # per round, so that a round is long against the clock

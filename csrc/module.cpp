@@ -44,5 +44,4 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_capability", &pygpt::set_capability, pybind11::arg("name"), "Lower the instruction set, or raise it again.");
   m.def("prefers_onednn", &prefers_onednn, "Whether float32 products are faster through oneDNN than through MKL here.");
   m.def("tune_allocator", &tune_allocator, "Keep freed memory in this process; see pygpt.tune_allocator.");
-  pygpt::capability();  // a bad PYGPT_CPU_CAPABILITY is an error here, at import, not in the first kernel
 }

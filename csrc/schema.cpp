@@ -37,13 +37,15 @@ STABLE_TORCH_LIBRARY(pygpt, m) {
 
   // q (B, T, H, D); k, v (B, S, H, D), S >= T: query i sees keys 0 .. i + S - T -> out (B, T, H, D), lse (B, H, T)
   // seed: int64 (1,), the key of the counter-based dropout generator; absent when dropout_p is 0
+  // document_start: int32 (B, T), not decreasing along T: query i of batch b sees no key before document_start[b, i],
+  // which counts as 0 if it is less and as i + S - T if it is more
   m.def(
-      "causal_attention_forward(Tensor q, Tensor k, Tensor v, float scale, float dropout_p, Tensor? seed) "
-      "-> (Tensor, Tensor)");
+      "causal_attention_forward(Tensor q, Tensor k, Tensor v, float scale, float dropout_p, Tensor? seed, "
+      "Tensor? document_start=None) -> (Tensor, Tensor)");
   // -> grad_q, grad_k, grad_v
   m.def(
       "causal_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, "
-      "float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)");
+      "float dropout_p, Tensor? seed, Tensor? document_start=None) -> (Tensor, Tensor, Tensor)");
 
   // GELU with the tanh approximation, elementwise
   m.def("gelu_forward(Tensor x) -> Tensor");

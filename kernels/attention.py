@@ -128,6 +128,13 @@ def _tile(
 
 
 @triton.jit
+def _first_key(document_ptr, row, T, shift):
+    """The first key that a query sees, in range whatever was given; a row beyond the last reads the last one's."""
+    start = tl.load(document_ptr + tl.minimum(row, T - 1))
+    return tl.minimum(tl.maximum(start, 0), row + shift)
+
+
+@triton.jit
 def _walk_keys(
     acc, total, top, q, k_ptr, v_ptr, stride_k, stride_v, row, document, low, high, shift, S, scale,
     seed_ptr, threshold, head,
@@ -182,8 +189,8 @@ def _attention_forward_kernel(
     high = tl.minimum(first + QUERIES, T) + shift
     document = None
     if document_ptr is not None:
-        document = tl.load(document_ptr + b * T + row, mask=row < T, other=0)
-        low = tl.load(document_ptr + b * T + first) // KEYS * KEYS
+        document = _first_key(document_ptr + b * T, row, T, shift)
+        low = _first_key(document_ptr + b * T, first, T, shift) // KEYS * KEYS
     split = tl.program_id(1)
     if SPLIT:
         low = tl.maximum(low, split * keys_per_split)
@@ -296,8 +303,8 @@ def _attention_grad_q_kernel(
     diagonal = (first + shift + 1) // KEYS * KEYS
     document = None
     if document_ptr is not None:
-        document = tl.load(document_ptr + b * T + row, mask=row < T, other=0)
-        diagonal = tl.load(document_ptr + b * T + first) // KEYS * KEYS
+        document = _first_key(document_ptr + b * T, row, T, shift)
+        diagonal = _first_key(document_ptr + b * T, first, T, shift) // KEYS * KEYS
     acc = tl.zeros([QUERIES, BLOCK_D], tl.float32)
     if document_ptr is None:
         acc = _grad_q_blocks(
@@ -329,7 +336,7 @@ def _grad_kv_blocks(
         if MASKED:
             seen = key[:, None] <= row[None, :] + shift
             if document_ptr is not None:
-                document = tl.load(document_ptr + row, mask=row < T, other=0)
+                document = _first_key(document_ptr, row, T, shift)
                 seen = seen & (key[:, None] >= document[None, :])
             p = tl.where(seen, p, 0.0)
         grad = _tile(grad_ptr, start, T, stride_g, D, BLOCK_D, QUERIES, True)
@@ -374,7 +381,7 @@ def _attention_grad_kv_kernel(
         right = T + 0
         while left < right:
             middle = (left + right) // 2
-            if tl.load(document_ptr + middle) < first + KEYS:
+            if _first_key(document_ptr, middle, T, shift) < first + KEYS:
                 left = middle + 1
             else:
                 right = middle + 0
@@ -443,7 +450,8 @@ def causal_attention_forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q (B, T, H, D); k, v (B, S, H, D), S >= T; any strides -> out (B, T, H, D), lse (B, H, T) float32.
 
-    document_start: int32 (B, T), not decreasing along T: a query's first key, for documents packed in a row.
+    document_start: int32 (B, T), not decreasing along T: a query's first key, for documents packed in a row; clamped to
+    0 .. i + S - T for query i.
     """
     if scale <= 0:  # the kernel takes the maximum of the scores before it scales them
         q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)

@@ -18,6 +18,7 @@ from pygpt.kernels.layer_norm import sum_partials
 
 SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 CUBIC = tl.constexpr(0.044715)
+FAR = tl.constexpr(16.0)  # there tanh is -1 or 1 in float32
 
 
 class Config(NamedTuple):
@@ -74,7 +75,8 @@ def _backward_kernel(
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + bias
         grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
         t = _tanh_of_inner(x)
-        slope = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * SQRT_2_OVER_PI * (1.0 + x * x * CUBIC * 3.0)
+        near = tl.minimum(tl.maximum(x, -FAR), FAR)  # t makes the product 0 beyond, where the square may overflow
+        slope = 0.5 * (1.0 + t) + 0.5 * near * (1.0 - t * t) * SQRT_2_OVER_PI * (1.0 + near * near * CUBIC * 3.0)
         grad_x = grad * slope
         grad_bias += grad_x
         tl.store(grad_x_ptr + at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
@@ -82,12 +84,16 @@ def _backward_kernel(
         tl.store(partial_ptr + program.to(tl.int64) * C + columns, tl.sum(grad_bias, axis=0), mask=columns < C)
 
 
+def _columns(x: Tensor) -> int:
+    return x.shape[-1] if x.dim() else 1
+
+
 def bias_gelu_forward(x: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., C), bias (C,) or None -> gelu(x + bias), in x's dtype."""
     x = x.contiguous()
     y = torch.empty_like(x)
     if x.numel():
-        C = x.shape[-1]
+        C = _columns(x)
         rows, tile = x.numel() // C, config(C)
         _forward_kernel[(cdiv(rows, tile.rows), cdiv(C, tile.block))](
             x, bias, y, rows, C, ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps, **FUSED
@@ -101,7 +107,7 @@ def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Te
     grad_x = torch.empty_like(x)
     if x.numel() == 0:
         return grad_x, x.new_zeros(0) if bias is None else torch.zeros_like(bias)
-    C = x.shape[-1]
+    C = _columns(x)
     rows, tile = x.numel() // C, config(C)
     columns = cdiv(C, tile.block)
     programs = min(cdiv(multiprocessors(x) * 8, columns), cdiv(rows, tile.rows))

@@ -2,6 +2,8 @@
 
 __version__ = "0.1.0"
 
+from typing import Any
+
 from pygpt import ops
 from pygpt.accelerate import accelerate
 from pygpt.model import GPT, GPTConfig
@@ -10,6 +12,7 @@ from pygpt.tokenizer import get_tokenizer
 
 __all__ = [
     "GPT",
+    "Classifier",
     "GPTConfig",
     "__version__",
     "accelerate",
@@ -20,3 +23,12 @@ __all__ = [
     "tune_allocator",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What is imported when it is first used, so that `import pygpt` stays light."""
+    if name == "Classifier":
+        from pygpt.classifier import Classifier
+
+        return Classifier
+    raise AttributeError(f"module 'pygpt' has no attribute '{name}'")

@@ -1,15 +1,11 @@
-"""The command line: `pygpt info | prepare | pretrain | generate | eval`, each generated from its settings' dataclass."""
+"""The command line: `pygpt COMMAND`, each command generated from its settings' dataclass."""
 
 from __future__ import annotations
 
-import codecs
-import io
 import os
 import sys
-from dataclasses import dataclass
-from itertools import chain
-from pathlib import Path
-from typing import Annotated
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Union
 
 import torch
 import tyro
@@ -17,14 +13,18 @@ from rich.console import Console
 from rich.table import Table
 
 import pygpt
+from pygpt.chat import ChatConfig, GenerateConfig, chat, generate
 from pygpt.data import PrepareConfig, prepare
+from pygpt.data.registry import DataConfig, data
+from pygpt.embeddings import EmbeddingsConfig, embeddings
 from pygpt.errors import InputError, PygptError
-from pygpt.model import GPT
+from pygpt.export import ExportConfig, export
 from pygpt.ops import backends
-from pygpt.tokenizer import TOKENIZER_FILE, encode_prompt
-from pygpt.train import EvaluateConfig, PretrainConfig, evaluate, pretrain, resolve_checkpoint
-from pygpt.train.checkpoint import checkpoint_tokenizer
-from pygpt.train.trainer import resolve_device
+from pygpt.train import EvaluateConfig, PretrainConfig, evaluate, pretrain
+from pygpt.train.classify import ClassifyConfig, finetune_classify
+from pygpt.train.evaluate import LabelledEvaluation
+from pygpt.train.instruct import InstructConfig, finetune_instruct
+from pygpt.train.predict import PredictConfig, predict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,42 +32,57 @@ class InfoConfig:
     """Show versions, devices, and per operator the backend in use and why the others are not."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
-    """Continue a text with a trained model."""
-
-    run: Annotated[Path, tyro.conf.Positional]
-    """A run's folder, a checkpoint or a model folder."""
-    prompt: str = ""
-    """Text to continue; nothing: the start of a document."""
-    max_new_tokens: int = 200
-    """Tokens to generate at most; generation also ends at end-of-text."""
-    temperature: float = 0.8
-    """Below 1 sharpens the distribution; 0 always takes the likeliest token."""
-    top_k: int | None = None
-    """Keep only the k likeliest tokens."""
-    top_p: float | None = None
-    """Keep only the likeliest tokens whose probabilities sum to p."""
-    seed: int | None = None
-    """Makes the text repeatable."""
-    device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda, ..."""
+COMMANDS: dict[str, type] = {
+    "info": InfoConfig,
+    "data": DataConfig,
+    "prepare": PrepareConfig,
+    "pretrain": PretrainConfig,
+    "finetune classify": ClassifyConfig,
+    "finetune instruct": InstructConfig,
+    "generate": GenerateConfig,
+    "chat": ChatConfig,
+    "classify": PredictConfig,
+    "eval": EvaluateConfig,
+    "embeddings": EmbeddingsConfig,
+    "export": ExportConfig,
+}
 
 
-Command = (
-    Annotated[InfoConfig, tyro.conf.subcommand("info")]
-    | Annotated[PrepareConfig, tyro.conf.subcommand("prepare")]
-    | Annotated[PretrainConfig, tyro.conf.subcommand("pretrain")]
-    | Annotated[GenerateConfig, tyro.conf.subcommand("generate")]
-    | Annotated[EvaluateConfig, tyro.conf.subcommand("eval")]
-)
+def _grammar() -> Any:
+    """What tyro reads the command line by."""
+    found: dict[str, list[Any]] = {}
+    for words, config in COMMANDS.items():
+        name, *task = words.split()
+        command: Any = Annotated[_unchecked(config), tyro.conf.subcommand(task[0] if task else name)]
+        found.setdefault(name, []).append(command)
+    group = tyro.conf.subcommand("finetune", description="Finetune a pretrained model for a task.")
+    found["finetune"] = [Annotated[Union[tuple(found["finetune"])], group]]  # noqa: UP007  (as many as there are)
+    return Union[tuple(command for commands in found.values() for command in commands)]  # noqa: UP007
+
+
+def _unchecked(config: type) -> type:
+    """The settings without their checks, whose errors tyro would put into a box of its own: `_checked` makes them."""
+    names = ("__module__", "__qualname__", "__doc__")
+    return type(config.__name__, (config,), {name: getattr(config, name) for name in names} | {"__post_init__": _pass})
+
+
+def _pass(self: object) -> None: ...
+
+
+def _checked(parsed: Any) -> Any:
+    """The settings that were read. Raises PygptError, with the command's help named, where they cannot be used."""
+    config: Any = type(parsed).__base__
+    try:
+        return config(**{field.name: getattr(parsed, field.name) for field in fields(parsed)})
+    except PygptError as error:
+        words = next(words for words, known in COMMANDS.items() if known is config)
+        raise InputError(f"{error}\nsee pygpt {words} --help") from error
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the console script. Returns the exit status: 0, or 2 for an error that the user can mend."""
     try:
-        command = tyro.cli(Command, args=arguments, prog="pygpt", description=pygpt.__doc__)
-        run(command)
+        run(_checked(tyro.cli(_grammar(), args=arguments, prog="pygpt", description=pygpt.__doc__)))
     except PygptError as error:
         if os.environ.get("PYGPT_TRACEBACK"):
             raise
@@ -79,6 +94,11 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter still flushes at exit
         return 141
+    except OSError as error:  # a full disk, a file that may not be read
+        if os.environ.get("PYGPT_TRACEBACK"):
+            raise
+        print(f"pygpt: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -88,17 +108,34 @@ def run(command: object) -> None:
     match command:
         case InfoConfig():
             info(console)
+        case DataConfig():
+            data(command, console)
         case PrepareConfig():
             prepare(command)
         case PretrainConfig():
             pygpt.tune_allocator()
             pretrain(command, console)
+        case ClassifyConfig():
+            pygpt.tune_allocator()
+            finetune_classify(command, console)
+        case InstructConfig():
+            pygpt.tune_allocator()
+            finetune_instruct(command, console)
+        case PredictConfig():
+            predict(command)
         case GenerateConfig():
             generate(command)
+        case ChatConfig():
+            chat(command)
+        case EmbeddingsConfig():
+            embeddings(command, console)
         case EvaluateConfig():
             result = evaluate(command, console)
-            bits = f", {result.bits_per_byte:.4f} bits per byte" if result.bits_per_byte is not None else ""
-            console.print(f"{result.tokens:,} tokens: loss {result.loss:.4f}, perplexity {result.perplexity:.2f}{bits}")
+            print(result)
+            if isinstance(result, LabelledEvaluation):
+                console.print(result.scores.table("labels"))
+        case ExportConfig():
+            export(command, console)
 
 
 def info(console: Console) -> None:
@@ -120,31 +157,12 @@ def info(console: Console) -> None:
         reasons = "\n".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
         table.add_row(row.op, row.device, row.backend, row.dtypes, reasons)
     console.print(table)
+    console.print(
+        f"On the CPU, layer_norm and add_layer_norm of fewer than {backends.SMALL:,} elements, and an embedding without "
+        "positions or gradients, are torch's own, whose calls cost less, unless a backend is forced."
+    )
     if backends.forced():
         console.print(f"backend '{backends.forced()}' is forced (PYGPT_BACKEND)")
-
-
-def generate(config: GenerateConfig) -> None:
-    """Print the prompt and its continuation, token by token."""
-    folder = resolve_checkpoint(config.run)
-    device = resolve_device(config.device)
-    model = GPT.from_pretrained(folder).to(device)
-    tokenizer = checkpoint_tokenizer(folder, model.config.vocab_size)
-    if tokenizer is None:
-        raise InputError(f"'{folder}' does not say which tokenizer it uses: it holds no {TOKENIZER_FILE}")
-    prompt = torch.tensor([encode_prompt(tokenizer, config.prompt)], device=device)
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span several tokens
-    stream = model.stream(
-        prompt, config.max_new_tokens, config.temperature, config.top_k, config.top_p, tokenizer.eot_id, config.seed
-    )
-    first = next(stream, None)  # bad settings are an error before anything is printed
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
-    print(config.prompt, end="", flush=True)
-    for token in chain([] if first is None else [first], stream):
-        if token.item() != tokenizer.eot_id:
-            print(decoder.decode(tokenizer.decode_bytes([token.item()])), end="", flush=True)
-    print(decoder.decode(b"", final=True))
 
 
 if __name__ == "__main__":

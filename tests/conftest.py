@@ -6,12 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 # Without a GPU the Triton kernels run in Triton's interpreter, which has to be asked for before they are imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from pygpt.ops import backends
+
+# The same examples in every run: whether a change passes must not depend on chance. `--hypothesis-profile=search` looks further.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.register_profile("search", max_examples=1000, deadline=None)
+settings.load_profile("repeatable")
 
 LEVELS = backends.extension.available_cpu_capabilities() if backends.extension else ["not built"]
 

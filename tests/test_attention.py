@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from common import assert_close, double, leaf
+from common import DOCUMENT_CASES, DOCUMENTS, assert_close, document_starts, double, leaf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,11 +41,14 @@ def qkv(B, T, S, H, D, dtype=torch.float32, scale=1.0):
     return [leaf(*size, dtype=dtype, seed=i, scale=scale) for i, size in enumerate(sizes)]
 
 
-def explicit(q, k, v, scale=None, keep=None, dropout_p=0.0):
+def explicit(q, k, v, scale=None, keep=None, dropout_p=0.0, document_start=None):
     """The definition: one matrix of scores, softmax, product. Also returns the log-sum-exp (B, H, T)."""
     T, S = q.shape[1], k.shape[1]
     scores = torch.einsum("bthd,bshd->bhts", q, k) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-    hidden = torch.arange(S)[None, :] > torch.arange(T)[:, None] + (S - T)
+    key, own = torch.arange(S), torch.arange(S - T, S)[:, None]
+    hidden = key > own  # (T, S)
+    if document_start is not None:
+        hidden = hidden | ((key < document_start[:, None, :, None]) & (key != own))  # (B, 1, T, S)
     scores = scores.masked_fill(hidden, -math.inf)
     weights = scores.softmax(-1)
     if keep is not None:
@@ -53,16 +56,16 @@ def explicit(q, k, v, scale=None, keep=None, dropout_p=0.0):
     return torch.einsum("bhts,bshd->bthd", weights, v), scores.logsumexp(-1)
 
 
-def compare(q, k, v, scale=None, dropout_p=0.0, what=""):
+def compare(q, k, v, scale=None, dropout_p=0.0, what="", document_start=None):
     """Output and all gradients of the op against float64; the seed is drawn twice from the same generator state."""
     dtype = q.dtype
     B, T, H, _ = q.shape
     torch.manual_seed(5)
     keep = dropout_mask(draw_seed(), (B, H, T, k.shape[1]), dropout_p) if dropout_p else None
     torch.manual_seed(5)
-    out = ops.causal_attention(q, k, v, scale, dropout_p)
+    out = ops.causal_attention(q, k, v, scale, dropout_p, document_start)
     doubles = [double(t) for t in (q, k, v)]
-    reference, _ = explicit(*doubles, scale, keep, dropout_p)
+    reference, _ = explicit(*doubles, scale, keep, dropout_p, document_start)
     assert out.dtype == dtype
     assert out.is_contiguous()
     assert_close(out, reference, dtype, f"{what} out")
@@ -72,10 +75,10 @@ def compare(q, k, v, scale=None, dropout_p=0.0, what=""):
     expected = torch.autograd.grad(reference, doubles, cotangent.double())
     for name, grad, e in zip("qkv", grads, expected, strict=True):
         assert grad.dtype == dtype
-        # dS is the difference of dP and rowsum(dO * out), each of size sqrt(D), and out was rounded to its dtype: where
-        # a query sees few keys the difference is small (one key: 0) and the rounding is not.
-        few_keys = dtype == torch.bfloat16 or k.shape[1] == 1
-        floor = 2 * abs(factor) * math.sqrt(q.shape[-1]) if few_keys and name != "v" else 0.0
+        # dS is the difference of dP and rowsum(dO * out), each of size sqrt(D) / (1 - p), and out was rounded to its dtype:
+        # where a query sees few keys the difference is small (one key: 0) and the rounding is not.
+        few_keys = dtype == torch.bfloat16 or k.shape[1] == 1 or document_start is not None
+        floor = 2 * abs(factor) * math.sqrt(q.shape[-1]) / (1 - dropout_p) if few_keys and name != "v" else 0.0
         assert_close(grad, e, dtype, f"{what} grad {name}", max(floor, 1e-2))
 
 
@@ -96,11 +99,12 @@ def test_matches_float64(capability, shape, dtype, dropout_p):
     D=st.integers(1, 140),
     dtype=st.sampled_from(DTYPES),
     layout=st.sampled_from(["contiguous", "packed", "heads first", "every second", "cache"]),
-    dropout_p=st.sampled_from([0.0, 0.0, 0.1, 0.9]),
+    dropout_p=st.sampled_from([0.0, 0.0, 0.1, 0.5]),
     scale=st.sampled_from([None, 0.02, -0.3, 0.0]),
+    documents=st.booleans(),
     level=st.sampled_from(backends.extension.available_cpu_capabilities() if backends.extension else [""]),
 )
-def test_odd_shapes_and_strides(B, T, more, H, D, dtype, layout, dropout_p, scale, level):
+def test_odd_shapes_and_strides(B, T, more, H, D, dtype, layout, dropout_p, scale, documents, level):
     S = T if layout == "packed" else T + more
     if layout == "packed":
         q, k, v = leaf(B, T, 3 * H * D, dtype=dtype).view(B, T, 3, H, D).unbind(2)
@@ -113,16 +117,20 @@ def test_odd_shapes_and_strides(B, T, more, H, D, dtype, layout, dropout_p, scal
         k, v = (leaf(B, S + 17, H, D, dtype=dtype, seed=i)[:, :S] for i in (1, 2))
     else:
         q, k, v = qkv(B, T, S, H, D, dtype)
+    starts = None
+    if documents:  # not only a packing's: any that do not decrease, some out of range
+        generator = torch.Generator().manual_seed(T + S)
+        starts = torch.randint(-5, S + 5, (T, B), generator=generator, dtype=torch.int32).sort(0).values.t()
     before = backends.extension.cpu_capability()
     backends.extension.set_cpu_capability(level)
     try:
         with backends.use_backend("cpp"):
             if T == 0 or B == 0:
-                out = ops.causal_attention(q, k, v, scale, dropout_p)
+                out = ops.causal_attention(q, k, v, scale, dropout_p, starts)
                 out.sum().backward()
                 assert out.shape == (B, T, H, D)
                 return
-            compare(q, k, v, scale, dropout_p, level)
+            compare(q, k, v, scale, dropout_p, level, starts)
     finally:
         backends.extension.set_cpu_capability(before)
 
@@ -179,6 +187,115 @@ def test_no_query_sees_a_later_key(capability):
     after = ops.causal_attention(q, k, v)
     assert torch.equal(before[:, :77], after[:, :77])
     assert not torch.isclose(before[:, 77:], after[:, 77:]).any()
+
+
+# --- documents -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dropout_p", "D"), [(0.0, 33), (0.25, 64)])
+@pytest.mark.parametrize(("name", "T"), DOCUMENT_CASES)
+def test_documents(capability, name, T, dropout_p, D, dtype):
+    rows = DOCUMENTS[name]
+    S = sum(rows[0])
+    packed = leaf(len(rows), S, 3 * 2 * D, dtype=dtype).view(len(rows), S, 3, 2, D)
+    q, k, v = packed[:, S - T :, 0], packed[:, :, 1], packed[:, :, 2]
+    compare(q, k, v, dropout_p=dropout_p, document_start=document_starts(rows, T))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_documents_are_as_if_alone(capability, dtype):
+    for name, rows in DOCUMENTS.items():
+        q, k, v = qkv(len(rows), sum(rows[0]), sum(rows[0]), 2, 40, dtype)
+        out = ops.causal_attention(q, k, v, document_start=document_starts(rows))
+        cotangent = leaf(*out.shape, dtype=dtype, seed=9).detach()
+        grads = torch.autograd.grad(out, (q, k, v), cotangent)
+        expected = [torch.empty_like(t) for t in (out, *grads)]
+        for b, lengths in enumerate(rows):
+            for end, length in zip(torch.tensor(lengths).cumsum(0).tolist(), lengths, strict=True):
+                of_document = slice(b, b + 1), slice(end - length, end)
+                parts = [t.detach()[of_document].requires_grad_() for t in (q, k, v)]
+                alone = ops.causal_attention(*parts)
+                alone.backward(cotangent[of_document])
+                for whole, part in zip(expected, (alone, *(t.grad for t in parts)), strict=True):
+                    whole[of_document] = part.detach()
+        for actual, wanted in zip((out, *grads), expected, strict=True):
+            assert_close(actual, wanted, dtype, name)
+
+
+def test_nothing_passes_from_one_document_to_another(capability):
+    rows = [[61, 1, 45, 93]]
+    q, k, v = qkv(1, 200, 200, 1, 32)
+    starts = document_starts(rows)
+    out = ops.causal_attention(q, k, v, document_start=starts)
+    third = slice(62, 107)
+    grads = torch.autograd.grad(out[:, third].square().sum(), (q, k, v))
+    for grad in grads:
+        assert grad[:, third].all()
+        assert not grad[:, :62].any()
+        assert not grad[:, 107:].any()
+    with torch.no_grad():
+        for t in (k, v):
+            t[:, :62], t[:, 107:] = -t[:, :62] * 50, 30.0
+    after = ops.causal_attention(q, k, v, document_start=starts)
+    assert torch.equal(after[:, third], out[:, third])
+    assert not torch.isclose(after[:, 107:], out[:, 107:]).any()
+
+
+@pytest.mark.parametrize(("T", "S"), [(70, 70), (33, 90), (3, 300)])
+def test_starts_out_of_range(capability, T, S):
+    own = torch.arange(S - T, S, dtype=torch.int32)
+    least, most = -(2**31), 2**31 - 1
+    starts = torch.stack([torch.full((T,), least), torch.full((T,), most), own, own + 1, own - 1]).int()
+    starts[0, T // 2 :] = most
+    compare(*qkv(5, T, S, 2, 16), document_start=starts)
+    compare(*qkv(5, T, S, 2, 16), document_start=starts.t().contiguous().t(), dropout_p=0.5)  # by time, then batch
+    q, k, v = (t.detach() for t in qkv(5, T, S, 2, 16))
+    alone = ops.causal_attention(q, k, v, document_start=starts)
+    assert_close(alone[1:4], v[1:4, S - T :])
+    reference = causal_attention_reference(q, k, v, document_start=starts)
+    assert_close(alone, reference)
+
+
+@needs_extension
+def test_document_starts_are_checked():
+    x = torch.randn(2, 6, 2, 8)
+    starts = document_starts([[2, 4], [6]])
+    for backend in ("eager", "cpp"):
+        with backends.use_backend(backend):
+            for bad in (starts[:1], starts[:, :5], starts[0], starts[..., None]):
+                with pytest.raises(ValueError, match=r"document_start must be \(B, T\) = \(2, 6\)"):
+                    ops.causal_attention(x, x, x, document_start=bad)
+            for bad in (starts.long(), starts.float()):
+                with pytest.raises(TypeError, match="document_start must be int32"):
+                    ops.causal_attention(x, x, x, document_start=bad)
+            with pytest.raises(ValueError, match="document_start is on meta"):
+                ops.causal_attention(x, x, x, document_start=starts.to("meta"))
+    decreasing = torch.tensor([[0, 0, 2, 2, 1, 1], [0] * 6]).int()
+    with backends.use_backend("cpp"), pytest.raises(RuntimeError, match="document_start must not decrease along T"):
+        ops.causal_attention(x, x, x, document_start=decreasing)
+    out, lse = forward_op.default(x, x, x, 1.0, 0.0, None, starts)
+    for bad in (starts.long(), starts[:1], starts[0]):
+        with pytest.raises(RuntimeError, match=r"document_start must be int32 \(B, T\)"):
+            forward_op.default(x, x, x, 1.0, 0.0, None, bad)
+        with pytest.raises(RuntimeError, match=r"document_start must be int32 \(B, T\)"):
+            backward_op.default(x, x, x, x, out, lse, 1.0, 0.0, None, bad)
+
+
+def test_decoding_of_padded_prompts_equals_unpadded(capability):
+    lengths = [3, 40, 17]
+    pads = [40 - n for n in lengths]
+    q, k, v = (t.detach() for t in qkv(3, 70, 70, 2, 32))
+    at = 40
+    for step in (0, 1, 1, 5, 2, 1, 20):
+        new = slice(at, at + step) if step else slice(0, at)
+        at += step
+        starts = torch.stack([torch.arange(at)[new].clamp(max=pad) for pad in pads]).int()
+        out = ops.causal_attention(q[:, new], k[:, :at], v[:, :at], document_start=starts)
+        for b, pad in enumerate(pads):
+            real = slice(max(new.start, pad), new.stop)
+            alone = ops.causal_attention(q[b : b + 1, real], k[b : b + 1, pad:at], v[b : b + 1, pad:at])
+            assert_close(out[b : b + 1, real.start - new.start :], alone, what=f"row {b}, {step} tokens to {at}")
 
 
 # --- numerics ------------------------------------------------------------------------------------------------------
@@ -289,13 +406,15 @@ def test_keep_rate_and_independence():
 
 @needs_extension
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_same_dropout_on_every_backend(dtype):
+@pytest.mark.parametrize("documents", [False, True])
+def test_same_dropout_on_every_backend(documents, dtype):
     results = []
+    starts = document_starts([[20, 3, 57], [64, 16]], 70) if documents else None
     for backend in ("eager", "cpp"):
         q, k, v = qkv(2, 70, 80, 2, 32, dtype)
         torch.manual_seed(3)
         with backends.use_backend(backend):
-            out = ops.causal_attention(q, k, v, dropout_p=0.4)
+            out = ops.causal_attention(q, k, v, dropout_p=0.4, document_start=starts)
             out.square().sum().backward()
         results.append([out, q.grad, k.grad, v.grad])
     for a, b in zip(*results, strict=True):
@@ -320,15 +439,18 @@ def test_dropout_follows_the_generator(capability):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 400, 431, 1, 64), (2, 300, 300, 3, 32), (1, 2, 3000, 2, 64)], ids=str)
-def test_same_bits_for_any_number_of_threads(capability, shape, dtype):
+@pytest.mark.parametrize("documents", [False, True])
+def test_same_bits_for_any_number_of_threads(capability, documents, shape, dtype):
     # One head, six heads: with more threads than heads the work is divided differently; so are the rows of a decode.
     results = []
+    B, T, S = shape[:3]
+    starts = document_starts([[S - 219, 1, 67, 151], [5, S - 9, 4]][:B], T) if documents else None
     before = torch.get_num_threads()
     for threads in (1, 2, 3, 5):
         torch.set_num_threads(threads)
         torch.manual_seed(0)
         q, k, v = qkv(*shape, dtype)
-        out = ops.causal_attention(q, k, v, dropout_p=0.1)
+        out = ops.causal_attention(q, k, v, dropout_p=0.1, document_start=starts)
         out.backward(leaf(*q.shape, dtype=dtype, seed=4).detach())
         results.append(torch.cat([t.flatten() for t in (out, q.grad, k.grad, v.grad)]))
     torch.set_num_threads(before)
@@ -356,30 +478,39 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 @needs_extension
 @pytest.mark.parametrize("shape", [(2, 5, 5, 2, 8), (1, 9, 12, 1, 4)], ids=str)
 def test_opcheck(shape):
-    for dropout_p, seed in ((0.0, None), (0.5, torch.tensor([3]))):
+    starts = torch.tensor([0, 0, 2, 3, 3]).int().expand(2, 5)[: shape[0], : shape[1]]
+    starts = torch.nn.functional.pad(starts, (shape[1] - starts.shape[1], 0))
+    for settings_ in ((0.0, None), (0.5, torch.tensor([3])), (0.0, None, starts), (0.5, torch.tensor([3]), starts)):
         q, k, v = qkv(*shape)
-        torch.library.opcheck(forward_op.default, (q, k, v, 0.5, dropout_p, seed))
+        torch.library.opcheck(forward_op.default, (q, k, v, 0.5, *settings_))
         q, k, v = q.detach(), k.detach(), v.detach()
-        out, lse = forward_op.default(q, k, v, 0.5, dropout_p, seed)
-        torch.library.opcheck(backward_op.default, (q, q, k, v, out, lse, 0.5, dropout_p, seed))
+        out, lse = forward_op.default(q, k, v, 0.5, *settings_)
+        torch.library.opcheck(backward_op.default, (q, q, k, v, out, lse, 0.5, *settings_))
 
 
 @pytest.mark.parametrize("T", [5, 3, 1])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-def test_gradcheck_of_the_reference(T, dropout_p):
+@pytest.mark.parametrize("documents", [False, True])
+def test_gradcheck_of_the_reference(T, dropout_p, documents):
     q, k, v = qkv(2, T, 5, 2, 3, torch.float64)
     seed = torch.tensor([11])
-    assert torch.autograd.gradcheck(lambda *t: causal_attention_reference(*t, 0.7, dropout_p, seed), (q, k, v))
+    starts = document_starts([[1, 1, 3], [4, 1]], T) if documents else None
+    assert torch.autograd.gradcheck(lambda *t: causal_attention_reference(*t, 0.7, dropout_p, seed, starts), (q, k, v))
     keep = dropout_mask(seed, (2, 2, T, 5), dropout_p)
-    out = causal_attention_reference(q, k, v, None, dropout_p, seed)
-    assert_close(out, explicit(q, k, v, None, keep, dropout_p)[0])
+    out = causal_attention_reference(q, k, v, None, dropout_p, seed, starts)
+    assert_close(out, explicit(q, k, v, None, keep, dropout_p, starts)[0])
 
 
 @needs_extension
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_compiles_without_graph_breaks(dropout_p):
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("backend", ["eager", "cpp"])
+def test_compiles_without_graph_breaks(backend, documents, dropout_p):
+    starts = document_starts([[20, 3, 1], [4, 20]], 20) if documents else None
+
     def step(q, k, v):
-        return ops.causal_attention(q, k, v, dropout_p=dropout_p) * 2
+        with backends.use_backend(backend):
+            return ops.causal_attention(q, k, v, dropout_p=dropout_p, document_start=starts) * 2
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     results = []

@@ -84,15 +84,14 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 
 @pytest.fixture
-def rejected(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command that must be refused, with status 2, while it is read; returns the words on stderr."""
+def rejected(fails: Callable[..., str]) -> Callable[..., str]:
+    """Runs a command whose settings are refused: one line says why, another where help is. Returns the first."""
 
     def check(*arguments: str) -> str:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main(list(arguments))
-        assert stop.value.code == 2
-        return " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().err).split())
+        message, help = fails(*arguments).splitlines()
+        command = " ".join(arguments[: 2 if arguments[0] == "finetune" else 1])
+        assert help == f"see pygpt {command} --help"
+        return message
 
     return check
 
@@ -187,7 +186,16 @@ def test_end_of_text_is_no_text(folder, capsys):
     assert bits == pytest.approx(tokens * loss / math.log(2) / (7 * 50 - len("Hello")), rel=1e-3)
 
 
-def test_interrupted_by_ctrl_c_and_resumed(data, run):
+@pytest.fixture
+def one_thread():
+    """As in ENVIRONMENT: torch's own reductions, unlike ours, give other bits with another number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_interrupted_by_ctrl_c_and_resumed(data, run, one_thread):
     """In a process of its own: Ctrl-C, a clean exit, the same command with --resume, the very same weights."""
     command = [*PYGPT, "pretrain", "--data", "data", "--out", "stopped", *RUN, "--dropout", "0.1"]
     assert main([*command[3:-4], *command[-4:], "--out", "straight"]) == 0
@@ -274,6 +282,21 @@ def test_what_cannot_be_resumed(run, data, fails):
     assert "'empty' has no checkpoint" in fails(*again, "--out", "empty")
     assert "n_embd was 16" in fails(*again, "--out", "run", "--n-embd", "32", "--steps", "40")
     assert "learning_rate was 0.01" in fails(*again, "--out", "run", "--learning-rate", "0.1", "--steps", "40")
+    again = [*again, "--out", "run", "--steps", "31"]
+    Path("moved").mkdir()
+    for name in ("train.bin", "val.bin", "meta.json", "pygpt_tokenizer.json"):
+        Path("moved", name).write_bytes(Path("data", name).read_bytes())
+    assert main([*again, "--data", "moved"]) == 0  # the same data in another place
+    for name in ("train.bin", "val.bin"):
+        tokens = bytearray(Path("moved", name).read_bytes())
+        tokens[1000:1004] = tokens[1002:1004] + tokens[1000:1002]
+        Path("moved", name).write_bytes(tokens)
+        assert "the data are not those" in fails(*again, "--data", "moved", "--steps", "40")
+        Path("moved", name).write_bytes(Path("data", name).read_bytes())
+    Path("run/dataset.json").rename("dataset.json")
+    assert "'run/dataset.json', which says" in fails(*again, "--steps", "40")
+    Path("dataset.json").rename("run/dataset.json")
+    again = again[:-4]
     (resolve_checkpoint("run") / "training.safetensors").unlink()
     assert "training.safetensors" in fails(*again, "--out", "run", "--steps", "40")
 
@@ -293,7 +316,9 @@ def test_data_that_does_not_fit(run, data, fails):
         ["pretrain", "--data", "other", "--out", "run", "--resume", *RUN, "--steps", "40"],
         ["eval", "run", "--data", "other"],
     ):
-        assert "another vocabulary" in fails(*command)
+        message = fails(*command)
+        assert "another vocabulary" in message
+        assert f"as many tokens ({other.vocab_size}), but other characters" in message
     assert "not among" in fails("eval", "run", "--text", "other.txt")
     assert "no text file at 'gone.txt'" in fails("eval", "run", "--text", "gone.txt")
     Path("latin.txt").write_bytes(b"caf\xe9 con leche")
@@ -301,6 +326,43 @@ def test_data_that_does_not_fit(run, data, fails):
     Path("one.txt").write_text("1")
     assert "at least 2" in fails("eval", "run", "--text", "one.txt")
     assert not Path("new").exists()
+
+
+def test_line_ends_count_as_they_are(folder, capsys):
+    """prepare and eval read the same text: with its carriage returns, and without a byte-order mark."""
+    text = "".join(f"{i} is a number\r\n" for i in range(400))
+    (folder / "dos.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert main(["prepare", "--inputs", "dos.txt", "--out", "data", "--tokenizer", "char"]) == 0
+    assert main(["pretrain", "--data", "data", "--out", "run", *SMALL, "--steps", "1"]) == 0
+    capsys.readouterr()
+    assert main(["eval", "run", "--text", "dos.txt", "--device", "cpu"]) == 0
+    assert f"{len(text) - 1:,} tokens: loss" in capsys.readouterr().out
+    tokens = load_tokenizer(folder / "data").encode(text)
+    assert len(tokens) == sum(len(load_tokens(folder / "data", split)) for split in ("train", "val"))
+
+
+def test_folders_and_seeds_that_cannot_be_used(run, data, fails, rejected):
+    Path("file").write_text("mine")
+    for out in ("file", "file/run"):
+        for more in ([], ["--overwrite"]):
+            assert "'file' is a file" in fails("pretrain", "--data", "data", "--out", out, *RUN, *more)
+    if sys.platform == "linux":
+        assert "'/proc/x' cannot be made" in fails("pretrain", "--data", "data", "--out", "/proc/x", *RUN)
+    assert Path("file").read_text() == "mine"
+    for seed in (2**63, 2**64 - 1, 10**23, -1):
+        for command in (["pretrain"], ["generate", "run"], ["chat", "run"]):
+            assert "seed must be" in rejected(*command, "--seed", str(seed))
+    largest = ["--seed", str(2**63 - 1)]
+    assert main(["pretrain", "--data", "data", "--out", "new", *RUN, *largest]) == 0
+    assert main(["generate", "new", "--device", "cpu", "--max-new-tokens", "3", *largest]) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file that exists and cannot be read, by root neither")
+def test_what_the_system_refuses_is_no_traceback(run, fails, monkeypatch):
+    assert "Input/output error" in fails("eval", "run", "--text", "/proc/self/mem", "--device", "cpu")
+    monkeypatch.setenv("PYGPT_TRACEBACK", "1")
+    with pytest.raises(OSError, match="Input/output"):
+        main(["eval", "run", "--text", "/proc/self/mem", "--device", "cpu"])
 
 
 def test_models_that_cannot_be_had(run, data, fails):
@@ -324,8 +386,6 @@ def test_prompts_that_cannot_be_used(run, fails):
     assert "33 tokens" in message
     assert "block_size (32)" in message
     assert "not among" in fails("generate", "run", "--prompt", "Ω")
-    for option in (["--temperature", "-1"], ["--top-k", "0"], ["--top-p", "2"], ["--max-new-tokens", "-1"]):
-        assert option[0].removeprefix("--").replace("-", "_") in fails("generate", "run", *option)
     # While training, before the first step rather than after the last one.
     for prompt in ("1" * 33, "Ω"):
         fails("pretrain", "--data", "data", "--out", "new", *RUN, "--prompt", prompt)
@@ -333,13 +393,24 @@ def test_prompts_that_cannot_be_used(run, fails):
 
 
 def test_settings_are_refused_when_the_command_line_is_read(rejected):
-    assert "steps must be at least 1, got 0" in rejected("pretrain", "--steps", "0")
+    assert rejected("pretrain", "--steps", "-3") == "pygpt: steps must be at least 1, got -3"
     assert "unknown preset 'gpt9'" in rejected("pretrain", "--preset", "gpt9")
     assert "leave out n_layer" in rejected("pretrain", "--init-from", "run", "--n-layer", "3")
     assert "stride is for" in rejected("pretrain", "--stride", "3")
-    assert "either --data" in rejected("eval", "run")
-    assert "learning-rate" in rejected("pretrain", "--learning-rage", "1")
-    assert "info" in rejected()
+    assert "dtype must be one of" in rejected("finetune", "instruct", "--init-from", "a", "--data", "b", "--dtype", "x")
+    assert "one of --data" in rejected("eval", "run")
+
+
+def test_arguments_that_cannot_be_read(capsys):
+    for arguments, wanted in (
+        (["pretrain", "--learning-rage", "1"], "learning-rate"),
+        (["pretrain", "--steps", "x"], "invalid literal"),
+        ([], "info"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+        assert wanted in capsys.readouterr().err
 
 
 def test_an_unknown_backend():
@@ -350,7 +421,8 @@ def test_an_unknown_backend():
 
 
 def test_a_device_that_is_not_there(run, fails):
-    assert "device 'cuda:99' cannot be used" in fails("generate", "run", "--device", "cuda:99")
+    for device in ("cuda:99", "meta"):
+        assert f"device '{device}' cannot be used" in fails("generate", "run", "--device", device)
 
 
 def test_traceback_on_request(monkeypatch):
@@ -375,7 +447,7 @@ def test_info_says_who_answers_and_why_the_others_do_not(capsys, monkeypatch):
     assert "'eager' is forced" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["info", "prepare", "pretrain", "generate", "eval"])
+@pytest.mark.parametrize("command", ["info", "prepare", "pretrain", "generate", "chat", "eval", "export"])
 def test_help_explains_every_setting(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -383,7 +455,7 @@ def test_help_explains_every_setting(command, capsys):
     out = capsys.readouterr().out
     # tyro leaves the text of a setting without a docstring empty, so that its default follows at once.
     assert not re.search(r"--[a-z-]+ \S+\s+│\n│\s+\(default", out)
-    assert {"pretrain": "Adam's decay rates", "prepare": "Python's standard library"}.get(command, "") in out
+    assert {"pretrain": "Adam's decay rates", "prepare": "Folder for train.bin"}.get(command, "") in out
 
 
 def test_a_reader_that_goes_away(run):

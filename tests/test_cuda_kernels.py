@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from common import TOLERANCE, assert_close, double, leaf
+from common import DOCUMENT_CASES, DOCUMENTS, TOLERANCE, assert_close, document_starts, double, leaf
 from cuda_emulation import build
 from test_attention import SHAPES as ATTENTION_SHAPES
 from test_attention import explicit
@@ -169,26 +169,53 @@ def test_attention(op, shape, dtype, dropout_p):
     compare_attention(op, q, k, v, grad, dropout_p)
 
 
-def compare_attention(op, q, k, v, grad, dropout_p=0.0, scale=None):
+@pytest.mark.parametrize(("dtype", "D"), [(DTYPES[1], 64), (DTYPES[2], 40), (DTYPES[0], 64), (DTYPES[1], 33)], ids=str)
+@pytest.mark.parametrize(("name", "T"), DOCUMENT_CASES)
+def test_attention_of_documents(op, name, T, D, dtype):
+    rows = DOCUMENTS[name]
+    B, S = len(rows), sum(rows[0])
+    q, k, v, grad = (random(B, n, 1, D, dtype=dtype, seed=i) for i, n in enumerate([T, S, S, T]))
+    compare_attention(op, q, k, v, grad, 0.25 if D == 40 else 0.0, document_start=document_starts(rows, T))
+
+
+@pytest.mark.parametrize("D", [64, 33])
+def test_attention_of_starts_out_of_range(op, D):
+    T, S = 70, 90
+    own = torch.arange(S - T, S, dtype=torch.int32)
+    starts = torch.stack([torch.full((T,), -(2**31)), torch.full((T,), 2**31 - 1), own, own + 1, own - 1]).int()
+    starts[0, T // 2 :] = 2**31 - 1
+    q, k, v, grad = (random(5, n, 1, D, dtype=torch.bfloat16, seed=i) for i, n in enumerate([T, S, S, T]))
+    for given in (starts, starts.t().contiguous().t()):
+        compare_attention(op, q, k, v, grad, document_start=given)
+    # Decreasing: no promise but to stay in bounds (run_kernels checks that under sanitizers) and finite.
+    given = starts.flip(1)
+    out, lse = op.causal_attention_forward(q, k, v, 0.1, 0.0, None, given)
+    grads = op.causal_attention_backward(grad, q, k, v, out, lse, 0.1, 0.0, None, given)
+    assert all(torch.isfinite(t).all() for t in (out, lse, *grads))
+
+
+def compare_attention(op, q, k, v, grad, dropout_p=0.0, scale=None, document_start=None):
     B, T, H, D = q.shape
     dtype, scale = q.dtype, 1 / math.sqrt(D) if scale is None else scale
     seed = torch.tensor([-0x123456789ABCDEF]) if dropout_p else None
     keep = dropout_mask(seed, (B, H, T, k.shape[1]), dropout_p) if dropout_p else None
-    out, lse = op.causal_attention_forward(q, k, v, scale, dropout_p, seed)
+    out, lse = op.causal_attention_forward(q, k, v, scale, dropout_p, seed, document_start)
     leaves = [double(t).requires_grad_() for t in (q, k, v)]
-    reference, reference_lse = explicit(*leaves, scale, keep, dropout_p)
+    reference, reference_lse = explicit(*leaves, scale, keep, dropout_p, document_start)
     assert out.is_contiguous()
     assert_close(out, reference, dtype, "out")
     assert_close(lse, reference_lse, torch.float32, "lse")
-    grads = op.causal_attention_backward(grad, q, k, v, out, lse, scale, dropout_p, seed)
+    grads = op.causal_attention_backward(grad, q, k, v, out, lse, scale, dropout_p, seed, document_start)
     wanted = torch.autograd.grad(reference, leaves, grad.double())
     for name, g, w in zip("qkv", grads, wanted, strict=True):
         # As in test_attention: dS is a difference of numbers of size sqrt(D) / (1 - p), one of them from the rounded output,
         # and is itself rounded to the dtype before the product with a row of k, whose largest elements are near 4.
-        rounded = dtype != torch.float32 or k.shape[1] == 1
+        rounded = dtype != torch.float32 or k.shape[1] == 1 or document_start is not None
         floor = 4 * abs(scale) * math.sqrt(D) / (1 - dropout_p) if rounded and name != "v" else 0.0
         assert_close(g, w, dtype, f"grad {name}", max(floor, 1e-2))
-        if k.shape[1] > 8 and w.abs().max() > 1e-2:  # such elements are few: on the whole the error is a rounding
+        # Such elements are few, and on the whole the error is a rounding; unless most of what few queries see is themselves.
+        alone = document_start is not None and q.shape[1] < 8
+        if k.shape[1] > 8 and not alone and w.abs().max() > 1e-2:
             error = (g.double() - w).norm() / w.norm()
             assert error < TOLERANCE[dtype], f"grad {name}: relative error of the whole {error:.2g}"
 
@@ -259,3 +286,7 @@ def test_bad_shapes_are_errors_that_name_the_operator(op):
         op.layer_norm_forward(torch.ones(2, 8), torch.ones(7), None, 1e-5)
     with pytest.raises(RuntimeError, match="must be float32, bfloat16 or float16"):
         op.layer_norm_forward(torch.ones(2, 8).double(), torch.ones(8), None, 1e-5)
+    x = torch.ones(2, 6, 1, 8)
+    for starts in (torch.zeros(2, 6), torch.zeros(2, 5).int(), torch.zeros(12).int()):
+        with pytest.raises(RuntimeError, match=r"document_start must be int32 \(B, T\)"):
+            op.causal_attention_forward(x, x, x, 1.0, 0.0, None, starts)

@@ -267,7 +267,7 @@ def test_unusable_files_are_counted_and_named(tmp_path: Path) -> None:
         "pipe.txt": "unreadable",
     }
     assert summary.meta["skipped"] == {text: 3, "empty": 2, "binary": 2, "unreadable": 2}
-    assert "Left out 9 files: 3 not UTF-8 text" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "Left out 9 documents: 3 not UTF-8 text" in console.file.getvalue()  # type: ignore[attr-defined]
     assert sorted(documents_of(tmp_path / "out", "train") + documents_of(tmp_path / "out", "val")) == ["fine", "good"]
 
 
@@ -285,7 +285,7 @@ def test_named_files_are_read_whatever_they_are_called_and_only_once(tmp_path: P
         ({"in/a.html": "x", "in/b.html": "x"}, ["in"], InputError, r"No file in .*\.txt, \.md.*it holds 2 \.html"),
         ({"in/.keep": ""}, ["in"], InputError, "no files at all"),
         ({"a.txt": ""}, ["a.txt"], InputError, r"no text to prepare.*1 empty; such as .*a\.txt"),
-        ({"a.txt": b"\xff", "b.txt": b"\0"}, ["."], InputError, "Left out 2 files: 1 not UTF-8 text, 1 binary"),
+        ({"a.txt": b"\xff", "b.txt": b"\0"}, ["."], InputError, "Left out 2 documents: 1 not UTF-8 text, 1 binary"),
         ({"a.txt": "x"}, ["a.txt"], InputError, r"a\.txt has 1 characters: too few"),
     ],
     ids=["missing", "no-match", "empty-folder", "empty-file", "nothing-usable", "too-short"],

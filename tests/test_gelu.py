@@ -63,3 +63,15 @@ def test_opcheck_gradcheck_and_compile():
 def test_bad_input():
     with pytest.raises(TypeError, match="floating-point"):
         ops.gelu(torch.ones(3, dtype=torch.long))
+
+
+def test_far_from_zero(capability):
+    """There GELU is x or 0 and its slope 1 or 0, up to the largest float."""
+    far = torch.tensor([20.0, 1e3, 1e13, 1e20, 3e38])
+    for sign in (1, -1):
+        x = (sign * far).requires_grad_()
+        y = ops.gelu(x)
+        (slope,) = torch.autograd.grad(y.sum(), x)
+        torch.testing.assert_close(y, x.detach().clamp(min=0), rtol=0, atol=1e-30)
+        torch.testing.assert_close(slope, (x.detach() > 0).float(), rtol=0, atol=1e-30)
+    assert ops.gelu(torch.tensor([torch.nan])).isnan().all()

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from pygpt.ops import backends
+
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.xdist_group("install")
 
@@ -49,6 +51,27 @@ def pure(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert not [name for name in names if name.endswith((".so", ".cpp")) or name.startswith(("kernels/", "tests/"))]
         archive.extractall(folder / "site")
     return folder / "site"
+
+
+@pytest.mark.skipif(backends.extension is None, reason="no C++ compiler here: pygpt._C was not built")
+def test_the_compiled_wheel_holds_kernels_and_is_small(tmp_path):
+    """Built without CUDA, whose library depends on the nvcc of the machine; installed, it serves the CPU ops."""
+    wheel = build_wheel(tmp_path, {**os.environ, "PYGPT_CUDA": "off"})
+    assert wheel.stat().st_size < 5 << 20
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (library,) = [name for name in names if name.endswith((".so", ".pyd"))]
+        assert library.startswith("pygpt/_C.")
+        assert "pygpt/kernels/attention.py" in names
+        assert not [name for name in names if name.endswith((".cpp", ".h", ".cu")) or name.startswith("kernels/")]
+        archive.extractall(tmp_path / "site")
+    # -S: an editable install's import hook would find the source folder first.
+    code = f"import sys; sys.path[:0] = [{str(tmp_path / 'site')!r}, {sysconfig.get_path('purelib')!r}]\n" + (
+        "import pygpt\nassert pygpt.backends()['layer_norm']['cpu'] == 'cpp'\nprint(pygpt.__file__)"
+    )
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().startswith(str(tmp_path))
 
 
 def test_without_a_compiler_the_install_is_pure_python(tmp_path):

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from common import assert_close
+from safetensors.torch import load_file, save_file
 
 from pygpt import GPT, GPTConfig
 from pygpt.errors import InputError, MissingFileError
@@ -179,12 +180,100 @@ def test_loading_broken_folders(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(InputError, match=message):
             GPT.from_pretrained(tmp_path)
+    for change, message in [
+        ({"n_head": "x"}, 'config.json. says n_head is "x", not a whole number'),
+        ({"n_layer": 2.0}, "n_layer is 2.0"),
+        ({"n_head": 0}, "config.json': n_head must be at least 1"),
+        ({"resid_pdrop": "x"}, "resid_pdrop must be a number"),
+    ]:
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(InputError, match=message):
+            GPT.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(InputError, match="no JSON object"):
+        GPT.from_pretrained(tmp_path)
     del config["n_head"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="n_head"):
         GPT.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"n_emb')
     with pytest.raises(InputError, match="not valid JSON"):
+        GPT.from_pretrained(tmp_path)
+
+
+VARIANTS = {
+    "activation_function": "relu",
+    "layer_norm_epsilon": 1e-3,
+    "scale_attn_weights": False,
+    "scale_attn_by_inverse_layer_idx": True,
+    "add_cross_attention": True,
+    "tie_word_embeddings": False,
+    "n_inner": 48,
+}
+
+
+@pytest.mark.parametrize("field", VARIANTS)
+def test_variants_of_gpt2_are_refused(tmp_path, field):
+    """As `transformers` writes and computes them, with the same tensors: they would be loaded, and be something else."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    plain = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None}
+    GPT2LMHeadModel(GPT2Config(**sizes, **plain)).save_pretrained(tmp_path)
+    GPT.from_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "reorder_and_upcast_attn": True, "n_inner": 128, "scale_attn_weights": True}))
+    GPT.from_pretrained(tmp_path)  # the same computation
+    file.write_text(json.dumps({**config, field: VARIANTS[field]}))
+    with pytest.raises(InputError, match=rf"config\.json': {field} is"):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_tensors_that_the_model_lacks_are_refused(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    state = load_file(weights)
+    wte = state["transformer.wte.weight"]
+    mask = torch.ones(1, 1, 16, 16)
+
+    def load(**tensors: torch.Tensor) -> GPT:
+        save_file(state | {name.replace("__", "."): t.clone() for name, t in tensors.items()}, weights)
+        return GPT.from_pretrained(tmp_path)
+
+    load(lm_head__weight=wte, transformer__h__0__attn__bias=mask, h__1__attn__masked_bias=torch.tensor(-1e4))
+    with pytest.raises(InputError, match=r"lm_head\.weight differs from wte"):
+        load(lm_head__weight=wte + 1)
+    with pytest.raises(
+        InputError, match=r"1 tensors .* the first is transformer\.h\.0\.crossattention\.c_attn\.weight"
+    ):
+        load(transformer__h__0__crossattention__c_attn__weight=wte)
+    with pytest.raises(InputError, match="quantized"):
+        load(transformer__wte__weight=wte.to(torch.int8))
+    tiny(bias=False).save_pretrained(tmp_path)
+    state = load_file(weights)
+    load()
+    with pytest.raises(InputError, match=r"the first is transformer\.ln_f\.bias"):
+        load(transformer__ln_f__bias=state["transformer.ln_f.bias"] + 1)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_truncated_pickle(tmp_path, legacy):
+    tiny().save_pretrained(tmp_path)
+    weights = tmp_path / "pytorch_model.bin"
+    state = load_file(tmp_path / "model.safetensors")
+    torch.save(state, weights, _use_new_zipfile_serialization=not legacy)
+    (tmp_path / "model.safetensors").unlink()
+    GPT.from_pretrained(tmp_path)
+    whole = weights.read_bytes()
+    for size in (0, 10, len(whole) // 2, len(whole) - 1):
+        weights.write_bytes(whole[:size])
+        with pytest.raises(InputError, match=r"pytorch_model\.bin' is damaged") as caught:
+            GPT.from_pretrained(tmp_path)
+        assert len(str(caught.value).splitlines()) == 1
+    torch.save([1, 2], weights)
+    with pytest.raises(InputError, match="something else"):
         GPT.from_pretrained(tmp_path)
 
 
@@ -196,7 +285,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
     tiny().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save({"x": Evil()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(Exception, match=r"[Ww]eights"):
+    with pytest.raises(InputError, match="more than weights"):
         GPT.from_pretrained(tmp_path)
     assert not (tmp_path / "owned").exists()
 

@@ -367,7 +367,15 @@ def test_load_says_what_is_wrong(tmp_path: Path) -> None:
         path.write_text(json.dumps(good | change))
         with pytest.raises(InputError, match=message):
             load_tokenizer(tmp_path)
-    for content, message in [("{", "is damaged"), ("{}", "does not describe"), ("[]", "does not describe")]:
+    for content, message in [
+        ("{", "is damaged"),
+        ("{}", "does not describe a tokenizer: it lacks 'version'$"),
+        ("[]", "does not describe"),
+        (
+            '{"version": 1, "kind": "char", "characters": 5, "unknown": false, "end_of_text": false}',
+            "does not describe",
+        ),
+    ]:
         path.write_text(content)
         with pytest.raises(InputError, match=message):
             load_tokenizer(tmp_path)

@@ -9,7 +9,9 @@ import math
 import os
 import shutil
 import signal
+import subprocess
 import sys
+import types
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +26,9 @@ from pygpt import GPT, GPTConfig
 from pygpt.data import RandomOffsets
 from pygpt.errors import InputError, MissingFileError
 from pygpt.train import TrainConfig, Trainer, resolve_checkpoint
-from pygpt.train.checkpoint import checkpoints
+from pygpt.train.checkpoint import NotWrittenError, checkpoints, read_training
 from pygpt.train.metrics import read_metrics
-from pygpt.train.trainer import DivergedError, resolve_device
+from pygpt.train.trainer import DivergedError, check_run, resolve_device
 
 LINUX = sys.platform == "linux"
 VOCABULARY, BLOCK, BATCH = 17, 16, 4
@@ -285,7 +287,68 @@ def test_an_interrupt_before_the_first_step_saves_nothing(tmp_path):
     trainer.train()
     assert trainer.step == 0
     assert checkpoints(tmp_path) == []
+    assert "stopped before the first step: nothing was saved" in printed(trainer)
+    assert "--resume" not in printed(trainer)
     make_trainer(tmp_path, replace(SETTINGS, steps=1)).train()  # and nothing is in the way of starting again
+    assert [row["step"] for row in read_metrics(tmp_path) if "val_loss" in row] == [0, 1]
+
+
+@pytest.mark.parametrize("at", [10, 20])
+def test_an_interrupt_ends_an_evaluation_which_is_made_up_for_on_resuming(tmp_path, at):
+    """At step 10, where no checkpoint is due, and at the last one."""
+    config = replace(SETTINGS, checkpoint_every=0)
+    make_trainer(tmp_path / "straight", config).train()
+    calls = 0
+
+    def slow(model: GPT) -> float:
+        nonlocal calls
+        for _ in range(100):
+            if trainer.step == at:
+                calls += 1
+                if calls == 3:
+                    os.kill(os.getpid(), signal.SIGINT)
+            loss = validation(model)
+        return loss
+
+    run = tmp_path / "stopped"
+    trainer = make_trainer(run, config, evaluate=slow)
+    trainer.train()
+    assert (trainer.step, calls) == (at, 3)
+    assert trainer.model.training
+    assert not trainer.model.transformer._forward_pre_hooks
+    assert f"stopped after step {at}; the same command with --resume" in printed(trainer)
+    resumed(run, config).train()
+    assert rows(run) == rows(tmp_path / "straight")
+    assert (run / "checkpoints" / "best").exists()
+    with pytest.raises(InputError, match="already at step 20"):
+        resumed(run, config)
+
+
+def test_an_evaluation_that_fails_leaves_the_model_in_training_mode(tmp_path):
+    def evaluate(model: GPT) -> float:
+        raise RuntimeError("no evaluation today")
+
+    trainer = make_trainer(tmp_path, evaluate=evaluate)
+    with pytest.raises(RuntimeError, match="today"):
+        trainer.train()
+    assert trainer.model.training
+
+
+def test_signals_are_caught_before_tensorboard_is_imported(tmp_path, monkeypatch):
+    class Board:
+        def __init__(self, *arguments: object, **options: object) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)  # as if it came during the import
+
+        def add_scalar(self, *arguments: object) -> None: ...
+
+        def close(self) -> None: ...
+
+    board = types.ModuleType("torch.utils.tensorboard")
+    board.SummaryWriter = Board
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    assert (trainer.step, trainer.stop_requested) == (0, True)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -303,6 +366,7 @@ def test_divergence_keeps_the_last_good_checkpoint(tmp_path, what, log_every):
     with pytest.raises(DivergedError, match=r"at step 10 .*step_00000005"):
         trainer.train()
     assert [path.name for path in checkpoints(tmp_path)] == ["step_00000005"]
+    assert (tmp_path / "loss.png").is_file()
     weights = GPT.from_pretrained(resolve_checkpoint(tmp_path)).parameters()
     assert all(weight.isfinite().all() for weight in weights)
 
@@ -371,6 +435,10 @@ def test_damaged_and_missing_files_are_named(tmp_path, name):
     file.unlink()
     with pytest.raises(MissingFileError, match=name):
         resumed(tmp_path)
+    for content in ('{"step": 1}', '{"settings": {}}', "[]", '{"step": "1", "settings": {}}'):
+        (file.parent / "training.json").write_text(content)
+        with pytest.raises(InputError, match=r"training\.json' is damaged: it lacks"):
+            read_training(file.parent)
 
 
 def test_what_resolves_to_a_checkpoint(tmp_path):
@@ -405,16 +473,47 @@ def test_a_failed_write_leaves_the_checkpoints_as_they_were(tmp_path):
 
     class FullDisk:
         def save(self, folder: Path) -> None:
-            raise OSError("no space left on device")
+            raise OSError(28, "No space left on device")
 
-    trainer.tokenizer = FullDisk()
+    trainer.beside = [FullDisk()]
     before = (resolve_checkpoint(tmp_path) / "model.safetensors").read_bytes()
     with torch.no_grad():
         trainer.model.transformer.wte.weight.zero_()
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(
+        NotWrittenError, match=r"could not be written .*No space .*last good checkpoint is '.*00000005'"
+    ):
         trainer.save()
+    assert [path.name for path in (tmp_path / "checkpoints").glob(".*")] == []
     assert (resolve_checkpoint(tmp_path) / "model.safetensors").read_bytes() == before
     assert len(checkpoints(tmp_path)) == 1
+
+
+@pytest.mark.skipif(not LINUX, reason="a limit on the size of files stands for a full disk")
+def test_a_full_disk(tmp_path):
+    """In a process of its own, whose files may not grow much beyond what the weights take: the optimizer's state does not fit."""
+    make_trainer(tmp_path, replace(SETTINGS, steps=5, checkpoint_every=5)).train()
+    code = """if True:
+        import resource, sys
+        from dataclasses import replace
+        from pathlib import Path
+        import test_trainer as t
+        run = Path(sys.argv[1])
+        trainer = t.resumed(run)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+        try:
+            trainer.train()
+        except t.NotWrittenError as error:
+            print(error)
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    limit = (resolve_checkpoint(tmp_path) / "model.safetensors").stat().st_size + 10_000
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), str(limit)],
+        cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert "step_00000010' could not be written" in done.stdout, done.stderr
+    assert done.stdout.endswith("step_00000005'\n")
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000005"]
 
 
 def test_tensorboard_and_the_plot_show_the_metrics(tmp_path):
@@ -489,6 +588,7 @@ def test_settings_out_of_range():
         {"steps": 0}, {"steps": -3}, {"accumulate": 0}, {"log_every": 0}, {"keep": 0}, {"learning_rate": -1.0},
         {"learning_rate": math.nan}, {"warmup": -1}, {"grad_clip": -1.0}, {"dtype": "float16"}, {"eval_every": -1},
         {"sample_every": -1}, {"checkpoint_every": -1}, {"betas": (0.9, 1.0)}, {"peak_tflops": 0.0}, {"seed": -1},
+        {"seed": 2**63},
     ]  # fmt: skip
     for setting in bad:
         with pytest.raises(InputError, match=next(iter(setting))):
@@ -498,7 +598,7 @@ def test_settings_out_of_range():
 def test_devices():
     assert resolve_device("cpu").type == "cpu"
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    for name in ("gpu", "cuda:99"):
+    for name in ("gpu", "cuda:99", "meta"):
         with pytest.raises(InputError, match=name):
             resolve_device(name)
 
@@ -507,3 +607,73 @@ def test_metrics_are_json_lines(tmp_path):
     make_trainer(tmp_path, replace(SETTINGS, steps=2)).train()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 2]
+    file = tmp_path / "metrics.jsonl"
+    whole = file.read_text()
+    file.write_text(whole + '{"step": 3, "lo')  # a crash
+    assert len(read_metrics(tmp_path)) == 4
+    for line in ('{"loss": 1}', '{"step": 3, "lo', '{"step": null}', "3", "\x00"):
+        file.write_text(f"{lines[0]}\n{line}\n{lines[1]}\n")
+        with pytest.raises(InputError, match=r"metrics\.jsonl', line 2 is no row"):
+            read_metrics(tmp_path)
+
+
+def test_folders_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for name in ("file", "file/run"):
+        with pytest.raises(InputError, match="cannot be made"):
+            make_trainer(tmp_path / name).train()
+        with pytest.raises(InputError, match=r"/file' is a file; choose another --out"):
+            check_run(SETTINGS, tmp_path / name, resume=False, overwrite=True, changeable=())
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_training_stops_when_validation_no_longer_gets_better(tmp_path):
+    """The lowest loss, 2, is met at step 4; the same loss again is not lower, so that patience 3 ends with step 7."""
+    losses = iter([9.0, 5.0, 3.0, 4.0, 2.0, 2.0, 6.0, 2.0, 1.0])  # the first is the evaluation before training
+    config = replace(SETTINGS, eval_every=1, checkpoint_every=0, patience=3)
+    trainer = make_trainer(tmp_path, config, evaluate=lambda model: next(losses))
+    trainer.train()
+    assert trainer.step == 7
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000007"]
+    assert "stopped after step 7: 3 evaluations in a row without a lower validation loss" in printed(trainer)
+    again = resumed(tmp_path, config, evaluate=lambda model: next(losses))
+    again.train()
+    assert again.step == 7
+    more = resumed(tmp_path, replace(config, patience=4), evaluate=lambda model: next(losses, 8.0))
+    more.train()
+    assert more.step == 12  # 1.0 at step 8 was a new best
+    never = make_trainer(tmp_path / "never", replace(config, patience=0), evaluate=lambda model: 1.0)
+    never.train()
+    assert never.step == config.steps
+
+
+def test_an_evaluation_may_give_more_figures(tmp_path):
+    trainer = make_trainer(tmp_path, evaluate=lambda model: {"val_loss": 0.5, "val_macro_f1": 0.25})
+    trainer.train()
+    assert "step 20: validation loss 0.5000, macro f1 0.2500" in printed(trainer)
+    assert [row["val_macro_f1"] for row in read_metrics(tmp_path) if "val_loss" in row] == [0.25] * 5
+
+
+def test_frozen_parameters_stay_and_a_resumed_run_ends_with_the_same_bits(tmp_path):
+    def partly_frozen(model: GPT) -> GPT:
+        model.transformer.requires_grad_(False)
+        model.transformer.h[1].requires_grad_(True)
+        return model
+
+    start = make_model().state_dict()
+    whole = make_trainer(tmp_path / "whole", model=partly_frozen(make_model()))
+    whole.train()
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, start[name]) == (".h.1." not in name), name
+    config = replace(SETTINGS, keep=9)
+    make_trainer(tmp_path / "parts", config, partly_frozen(make_model())).train()
+    folder = tmp_path / "parts" / "checkpoints" / "step_00000010"
+    parts = make_trainer(tmp_path / "parts", config, partly_frozen(GPT.from_pretrained(folder)))
+    parts.resume(folder)
+    parts.train()
+    trained = [p for p in whole.model.parameters() if p.requires_grad]
+    for one, other in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert whole.optimizer.state.keys() == set(trained)
+    with pytest.raises(InputError, match="nothing to train"):
+        make_trainer(tmp_path / "none", model=make_model().requires_grad_(False))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from common import assert_close
+from common import DOCUMENT_CASES, DOCUMENTS, assert_close, document_starts
 
 triton = pytest.importorskip("triton", reason="triton is not installed: the Triton kernels are not tested")
 
@@ -33,7 +33,7 @@ if DEVICE == "cpu":
 
 def draw(*shape: int, dtype: torch.dtype = F32, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator) * scale).to(DEVICE, dtype)
+    return (torch.randn(shape, generator=generator) * scale).to(DEVICE, dtype)
 
 
 def reference(*tensors: torch.Tensor | None) -> list[torch.Tensor]:
@@ -217,7 +217,10 @@ def attention_case(q, k, v, scale=0.3, dropout_p=0.0, seed=None, document=None):
     grads = katt.causal_attention_backward(*saved)
     expected.backward(grad.double())
     for name, actual, r in zip("qkv", grads, (rq, rk, rv), strict=True):
-        assert_close(actual, r.grad, dtype, f"grad {name}")
+        # A query that sees few keys has small gradients, of which mostly roundings are left: see test_cuda_kernels.
+        few_keys = document is not None and name != "v"
+        floor = 4 * abs(scale) * q.shape[3] ** 0.5 / (1 - dropout_p) if few_keys else 1e-3
+        assert_close(actual, r.grad, dtype, f"grad {name}", floor)
     for first, second in zip(grads, katt.causal_attention_backward(*saved), strict=True):
         assert torch.equal(first, second)
 
@@ -253,13 +256,30 @@ def test_attention_dropout_is_the_documented_generator(T, S, D, dtype):
     attention_case(*qkv(1, T, S, 2, D, dtype), dropout_p=0.3, seed=-(2**40) - 12345)
 
 
-def test_attention_of_packed_documents():
-    starts = torch.zeros(2, 150, dtype=torch.int32)
-    starts[0, 20:], starts[0, 130:], starts[0, 131:], starts[1, 64:], starts[1, 128:] = 20, 130, 131, 64, 128
-    for dtype, seed in ((F32, None), (BF16, 5)):
-        attention_case(
-            *qkv(2, 150, 150, 1, 16, dtype), dropout_p=0.2 if seed else 0.0, seed=seed, document=starts.to(DEVICE)
-        )
+@pytest.mark.parametrize(("name", "T"), DOCUMENT_CASES)
+def test_attention_of_documents(name, T):
+    rows = DOCUMENTS[name]
+    starts = document_starts(rows, T).to(DEVICE)
+    attention_case(*qkv(len(rows), T, sum(rows[0]), 1, 16), document=starts)
+    if name != "borders of tiles":  # four rows take the interpreter long
+        attention_case(*qkv(len(rows), T, sum(rows[0]), 1, 16, BF16), dropout_p=0.2, seed=5, document=starts)
+
+
+@pytest.mark.parametrize(("T", "S"), [(40, 70), (3, 531)])
+def test_attention_of_starts_out_of_range(T, S):
+    own = torch.arange(S - T, S, device=DEVICE)
+    starts = torch.stack([torch.full_like(own, -(2**31)), torch.full_like(own, 2**31 - 1), own + 1]).int()
+    starts[0, T // 2 :] = 2**31 - 1
+    q, k, v = qkv(3, T, S, 1, 16)
+    out, lse = katt.causal_attention_forward(q, k, v, 0.3, 0.0, None, starts)
+    clamped = starts.long().clamp(min=0).minimum(own)
+    expected, expected_lse = attention_reference(*reference(q, k, v), 0.3, clamped)
+    assert_close(out, expected, F32, "out")
+    assert_close(lse, expected_lse, F32, "lse")
+    attention_case(q, k, v, document=clamped.int())
+    grads = (katt.causal_attention_backward(out, q, k, v, out, lse, 0.3, 0.0, None, d) for d in (starts, clamped.int()))
+    for given, wanted in zip(*grads, strict=True):
+        assert torch.equal(given, wanted)
 
 
 def test_attention_of_views():
@@ -318,11 +338,13 @@ def test_operators_through_the_dispatcher(triton_answers, monkeypatch):
         x = o.embedding(idx, wte, wpe, 1)
         y = o.layer_norm(x, weight, bias)
         q, k, v = (y @ project).unflatten(2, (3, 2, 8)).unbind(2)
-        y, x = o.add_layer_norm(o.causal_attention(q, k, v).flatten(2), x, weight, bias)
+        attended = o.causal_attention(q, k, v) + o.causal_attention(q, k, v, document_start=starts)
+        y, x = o.add_layer_norm(attended.flatten(2), x, weight, bias)
         return (o.gelu(x) * y).sum()
 
     inputs = [draw(11, 16), draw(9, 16, seed=1), draw(16, seed=2), draw(16, seed=3), draw(16, 48, seed=4, scale=0.3)]
     idx = torch.tensor([[1, 2, 3, 1, 10], [0, 0, 0, 0, 5]], device=DEVICE)
+    starts = document_starts([[2, 3], [1, 4]]).to(DEVICE)
     leaves = [t.clone().requires_grad_() for t in inputs]
     expected = [t.clone().double().requires_grad_() for t in inputs]
     result = block(idx, *leaves, ops)
@@ -417,7 +439,14 @@ def test_linear_cross_entropy_of_large_logits_and_odd_targets():
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "with_bias"),
-    [((1, 1), F32, True), ((3, 5, 7), F32, True), ((33, 600), BF16, True), ((9, 64), F16, False), ((0, 8), F32, True)],
+    [
+        ((), F32, False),
+        ((1, 1), F32, True),
+        ((3, 5, 7), F32, True),
+        ((33, 600), BF16, True),
+        ((9, 64), F16, False),
+        ((0, 8), F32, True),
+    ],
     ids=str,
 )
 def test_bias_gelu(shape, dtype, with_bias):
@@ -433,6 +462,8 @@ def test_bias_gelu(shape, dtype, with_bias):
 
 
 def test_gelu_far_out():
-    x = torch.tensor([[-1e4, -60.0, -10.0, 0.0, 10.0, 60.0, 1e4]], device=DEVICE)
-    assert kgelu.bias_gelu_forward(x, None).tolist() == [[0, 0, 0, 0, 10, 60, 1e4]]
-    assert kgelu.bias_gelu_backward(torch.ones_like(x), x, None)[0].tolist() == [[0, 0, 0, 0.5, 1, 1, 1]]
+    x = torch.tensor([[-3e38, -1e20, -1e4, -60.0, -10.0, 0.0, 10.0, 60.0, 1e4, 1e20, 3e38]], device=DEVICE)
+    slope = torch.tensor([0] * 5 + [0.5] + [1.0] * 5, device=DEVICE)
+    assert torch.equal(kgelu.bias_gelu_forward(x, None), x.clamp(min=0))
+    assert torch.equal(kgelu.bias_gelu_backward(torch.ones_like(x), x, None)[0], slope[None])
+    assert kgelu.bias_gelu_backward(torch.ones_like(x), x * torch.nan, None)[0].isnan().all()

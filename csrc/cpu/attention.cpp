@@ -19,17 +19,32 @@ int64_t threads_for(double operations) {
   return std::clamp<int64_t>(static_cast<int64_t>(operations / kMinOperations), 1, torch::stable::get_num_threads());
 }
 
-// First of the work items of thread `part` of `parts`. Items are (head, block), block i costing cost(i). No result
-// depends on where the bounds lie.
+// First of the work items of thread `part` of `parts`. Items are (head, block), and cost(head, block) is the same for
+// all heads of a batch. No result depends on where the bounds lie.
 template <class Cost>
-int64_t bound(int64_t heads, int64_t blocks, int64_t part, int64_t parts, const Cost& cost) {
-  int64_t per_head = 0;
-  for (int64_t i = 0; i < blocks; ++i) per_head += cost(i);
-  if (part == parts || per_head == 0) return part == parts ? heads * blocks : 0;
-  int64_t target = heads * per_head / parts * part + heads * per_head % parts * part / parts, i = 0;
-  const int64_t head = target / per_head;
-  for (target %= per_head; target > 0 && target >= cost(i) / 2; ++i) target -= cost(i);
-  return head * blocks + i;
+int64_t bound(const AttentionShape& shape, int64_t blocks, int64_t part, int64_t parts, const Cost& cost) {
+  const int64_t heads = shape.B * shape.H;
+  if (part == parts) return heads * blocks;
+  const auto per_head = [&](int64_t head) {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < blocks; ++i) sum += cost(head, i);
+    return sum;
+  };
+  int64_t total = 0, head = 0;
+  for (int64_t b = 0; b < shape.B; ++b) total += per_head(b * shape.H) * shape.H;
+  int64_t target = total / parts * part + total % parts * part / parts;
+  for (; target > 0; head += shape.H) {
+    const int64_t here = per_head(head);
+    if (target >= here * shape.H) {
+      target -= here * shape.H;
+      continue;
+    }
+    head += target / here;
+    int64_t i = 0;
+    for (target %= here; target > 0 && target >= cost(head, i) / 2; ++i) target -= cost(head, i);
+    return head * blocks + i;
+  }
+  return head * blocks;
 }
 
 void check(const Tensor& q, const Tensor& k, const Tensor& v, double dropout_p, const std::optional<Tensor>& seed,
@@ -48,9 +63,36 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, double dropout_p, 
               ": dropout needs a seed, int64 of shape (1,)");
 }
 
+// Each query's first key, clamped to those it may see, as the kernels read it; absent where there are no documents.
+std::optional<Tensor> first_keys(const Tensor& q, const Tensor& k, const std::optional<Tensor>& document_start,
+                                 const char* op) {
+  if (!document_start) return std::nullopt;
+  const Tensor& from = *document_start;
+  const int64_t B = q.size(0), T = q.size(1);
+  PYGPT_CHECK(from.scalar_type() == ScalarType::Int && from.dim() == 2 && from.size(0) == B && from.size(1) == T, op,
+              ": document_start must be int32 (B, T)");
+  Tensor to = new_empty(q, {B, T}, ScalarType::Int);
+  const int32_t* given = from.const_data_ptr<int32_t>();
+  int32_t* clamped = to.mutable_data_ptr<int32_t>();
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t t = 0; t < T; ++t) {
+      const int64_t start = given[b * from.stride(0) + t * from.stride(1)];
+      *clamped++ = static_cast<int32_t>(std::clamp<int64_t>(start, 0, t + k.size(1) - T));
+      PYGPT_CHECK(t == 0 || clamped[-2] <= clamped[-1], op, ": document_start must not decrease along T");
+    }
+  return to;
+}
+
 AttentionShape shape_of(const Tensor& q, const Tensor& k, double scale, double dropout_p,
-                        const std::optional<Tensor>& seed) {
-  AttentionShape shape{q.size(0), q.size(1), q.size(2), k.size(1), q.size(3), static_cast<float>(scale), {}};
+                        const std::optional<Tensor>& seed, const std::optional<Tensor>& first_keys) {
+  AttentionShape shape{};
+  shape.B = q.size(0), shape.T = q.size(1), shape.H = q.size(2), shape.S = k.size(1), shape.D = q.size(3);
+  shape.scale = static_cast<float>(scale);
+  shape.pairs = static_cast<double>(shape.B) * shape.T * (shape.S - shape.T / 2);
+  if (first_keys) {
+    shape.document_start = first_keys->const_data_ptr<int32_t>();
+    for (int64_t i = 0; i < shape.B * shape.T; ++i) shape.pairs -= shape.document_start[i];
+  }
   if (dropout_p > 0) {
     const uint64_t key = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
     shape.dropout = {true,
@@ -72,16 +114,18 @@ Tensor workspace(const Tensor& like, int64_t floats) { return new_empty(like, {f
 
 template <class T>
 void forward(const AttentionShape& shape, const Tensor& q, const Tensor& k, const Tensor& v, T* out, float* lse) {
-  const int64_t heads = shape.B * shape.H, blocks = shape.query_blocks(), size = shape.forward_workspace();
-  const auto cost = [&](int64_t block) { return shape.key_blocks_seen(block); };
-  const int64_t parts = threads_for(4.0 * heads * shape.T * (shape.S - shape.T / 2) * shape.D);
+  const int64_t blocks = shape.query_blocks(), size = shape.forward_workspace();
+  const auto cost = [&](int64_t head, int64_t block) {
+    return shape.end_key_block(block) - shape.first_key_block(head, block);
+  };
+  const int64_t parts = threads_for(4.0 * shape.H * shape.pairs * shape.D);
   Tensor space = workspace(q, parts * size);
   float* base = space.mutable_data_ptr<float>();
   const auto kernel = PYGPT_DISPATCH(attention_forward<T>);
   torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
     for (int64_t part = first; part < last; ++part)
       kernel(shape, view<T>(q), view<T>(k), view<T>(v), out, lse, base + part * size,
-             bound(heads, blocks, part, parts, cost), bound(heads, blocks, part + 1, parts, cost));
+             bound(shape, blocks, part, parts, cost), bound(shape, blocks, part + 1, parts, cost));
   });
 }
 
@@ -99,10 +143,12 @@ void decode(const AttentionShape& shape, const Tensor& q, const Tensor& k, const
 }
 
 std::tuple<Tensor, Tensor> causal_attention_forward(Tensor q, Tensor k, Tensor v, double scale, double dropout_p,
-                                                    std::optional<Tensor> seed) {
+                                                    std::optional<Tensor> seed,
+                                                    std::optional<Tensor> document_start) {
   check(q, k, v, dropout_p, seed, "causal_attention_forward");
   q = unit_stride(q), k = unit_stride(k), v = unit_stride(v);
-  const AttentionShape shape = shape_of(q, k, scale, dropout_p, seed);
+  document_start = first_keys(q, k, document_start, "causal_attention_forward");
+  const AttentionShape shape = shape_of(q, k, scale, dropout_p, seed, document_start);
   Tensor out = new_empty(q, {shape.B, shape.T, shape.H, shape.D}, q.scalar_type());
   Tensor lse = new_empty(q, {shape.B, shape.H, shape.T}, ScalarType::Float);
   const auto run = [&]<class T>(T) {
@@ -120,7 +166,7 @@ void backward(const AttentionShape& shape, const BackwardInputs<T>& in, const Ba
               const Tensor& like) {
   const int64_t heads = shape.B * shape.H, q_blocks = shape.query_blocks(), k_blocks = shape.key_blocks();
   const int64_t size = shape.backward_workspace();
-  const int64_t threads = threads_for(10.0 * heads * shape.T * (shape.S - shape.T / 2) * shape.D);
+  const int64_t threads = threads_for(10.0 * shape.H * shape.pairs * shape.D);
   const auto kernel = PYGPT_DISPATCH(attention_backward<T>);
   const bool by_head = 5 * ((heads + threads - 1) / threads) * threads <= 7 * heads;
   const int64_t parts = by_head ? std::min(threads, heads) : threads;
@@ -137,8 +183,8 @@ void backward(const AttentionShape& shape, const BackwardInputs<T>& in, const Ba
   const auto in_blocks = [&](int64_t blocks, const auto& cost, const auto& run) {
     torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
       for (int64_t part = first; part < last; ++part) {
-        const int64_t end = bound(heads, blocks, part + 1, parts, cost);
-        for (int64_t item = bound(heads, blocks, part, parts, cost); item < end;) {
+        const int64_t end = bound(shape, blocks, part + 1, parts, cost);
+        for (int64_t item = bound(shape, blocks, part, parts, cost); item < end;) {
           const int64_t head = item / blocks, count = std::min(blocks - item % blocks, end - item);
           run(base + part * size, head, Range{item % blocks, item % blocks + count});
           item += count;
@@ -146,24 +192,32 @@ void backward(const AttentionShape& shape, const BackwardInputs<T>& in, const Ba
       }
     });
   };
-  in_blocks(k_blocks, [&](int64_t block) { return q_blocks - shape.first_query_block(block); },
+  in_blocks(k_blocks,
+            [&](int64_t head, int64_t block) {
+              return shape.end_query_block(head, block) - shape.first_query_block(block);
+            },
             [&](float* space, int64_t head, Range range) {
               kernel(shape, in, {nullptr, out.k, out.v}, space, head, range, {0, q_blocks});
             });
-  in_blocks(q_blocks, [&](int64_t block) { return shape.key_blocks_seen(block); },
+  in_blocks(q_blocks,
+            [&](int64_t head, int64_t block) {
+              return shape.end_key_block(block) - shape.first_key_block(head, block);
+            },
             [&](float* space, int64_t head, Range range) {
-              const Range keys{0, shape.key_blocks_seen(range.end - 1)};
+              const Range keys{shape.first_key_block(head, range.begin), shape.end_key_block(range.end - 1)};
               kernel(shape, in, {out.q, nullptr, nullptr}, space, head, keys, range);
             });
 }
 
 std::tuple<Tensor, Tensor, Tensor> causal_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out,
                                                              Tensor lse, double scale, double dropout_p,
-                                                             std::optional<Tensor> seed) {
+                                                             std::optional<Tensor> seed,
+                                                             std::optional<Tensor> document_start) {
   const char* op = "causal_attention_backward";
   check(q, k, v, dropout_p, seed, op);
   const auto dtype = q.scalar_type();
-  const AttentionShape shape = shape_of(q, k, scale, dropout_p, seed);
+  document_start = first_keys(q, k, document_start, op);
+  const AttentionShape shape = shape_of(q, k, scale, dropout_p, seed, document_start);
   for (const Tensor* x : {&grad, &out}) {
     PYGPT_CHECK(x->dim() == 4 && x->scalar_type() == dtype, op, ": grad and out must be like q");
     for (int i = 0; i < 4; ++i) PYGPT_CHECK(x->size(i) == q.size(i), op, ": grad and out must be like q");

@@ -1,6 +1,7 @@
 // What attention.cpp and the kernels of every instruction set share: the description of one call.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace pygpt {
@@ -30,21 +31,40 @@ struct AttentionShape {
   int64_t B, T, H, S, D;
   float scale;
   Dropout dropout;
+  const int32_t* document_start;  // (B, T), in 0 .. query + S - T and not decreasing along T; null: all zero
+  double pairs;                   // (query, key) pairs that see each other, of all batches and one head
 
+  // The first and one past the last key that a query sees. Queries beyond the last one see no less.
+  int64_t first_key(int64_t head, int64_t query) const {
+    return document_start && query < T ? document_start[head / H * T + query] : 0;
+  }
+  int64_t end_key(int64_t query) const { return query + S - T + 1; }
   // Row length of every packed buffer, in floats: the columns beyond D are zero.
   int64_t width() const { return (D + 31) / 32 * 32; }
   int64_t query_blocks() const { return (T + kAttentionBlock - 1) / kAttentionBlock; }
   int64_t key_blocks() const { return (S + kAttentionBlock - 1) / kAttentionBlock; }
   int64_t decode_chunks() const { return (S + kDecodeKeys - 1) / kDecodeKeys; }
-  // Key blocks that a block of queries sees, wholly or in part.
-  int64_t key_blocks_seen(int64_t query_block) const {
+  // The blocks of keys that a block of queries sees, wholly or in part: from the first, up to the end.
+  int64_t first_key_block(int64_t head, int64_t query_block) const {
+    return first_key(head, query_block * kAttentionBlock) / kAttentionBlock;
+  }
+  int64_t end_key_block(int64_t query_block) const {
     const int64_t end = query_block * kAttentionBlock + kAttentionBlock;
     return ((end < T ? end : T) + S - T + kAttentionBlock - 1) / kAttentionBlock;
   }
-  // The first block of queries that sees a block of keys.
+  // The first block of queries that sees a block of keys; one past the last query and one past the last block that do.
   int64_t first_query_block(int64_t key_block) const {
     const int64_t query = key_block * kAttentionBlock - (S - T);
     return query > 0 ? query / kAttentionBlock : 0;
+  }
+  int64_t end_query(int64_t head, int64_t key_block) const {
+    if (!document_start) return T;
+    const int32_t* starts = document_start + head / H * T;
+    return std::lower_bound(starts, starts + T, (key_block + 1) * kAttentionBlock) - starts;
+  }
+  int64_t end_query_block(int64_t head, int64_t key_block) const {
+    const int64_t end = (end_query(head, key_block) + kAttentionBlock - 1) / kAttentionBlock;
+    return std::max(end, first_query_block(key_block));
   }
 
   // Floats of workspace per thread, or per work item for decode: forward, backward, decode.

@@ -79,23 +79,25 @@ static void pack_queries(const AttentionShape& shape, const BackwardInputs<T>& i
   }
 }
 
-// P and dS of one query for the first `columns` keys of a block, of which it sees `count`; the rest of the row is zero.
+// P and dS of one query for the columns from .. columns of a block of keys; the rest of the row is zero.
 // p is P o Z without the factor 1 / (1 - p), which waits until the end. In place: p over scores, ds over grad_p.
 template <class T>
-PYGPT_INLINE void softmax_backward_row(const AttentionShape& shape, float* scores, float* grad_p, int64_t columns,
-                                       int64_t count, float lse2, float delta, const vi* keep) {
+PYGPT_INLINE void softmax_backward_row(const AttentionShape& shape, float* scores, float* grad_p, int64_t from,
+                                       int64_t columns, Seen seen, float lse2, float delta, const vi* keep) {
   const float scale = shape.scale * kLog2E, inverse_keep = shape.dropout.inverse_keep;
   const vf zero = {};
-  for (int64_t j = 0; j < columns; j += kLanes) {
+  for (int64_t j = 0; j < from; j += kLanes) store(scores + j, zero), store(grad_p + j, zero);
+  for (int64_t j = from; j < columns; j += kLanes) {
     vf p = softmax_exp2<T>(load(scores + j) * scale - lse2), dp = load(grad_p + j);
-    if (j + kLanes > count) p = visible(p, j, count, zero);
+    const bool some = !seen.all(j, j + kLanes);
+    if (some) p = visible(p, j, seen, zero);
     vf dropped = p;
     if (keep) {
       dropped = keep[j / kLanes] ? p : zero;
       dp = keep[j / kLanes] ? dp * inverse_keep : zero;
     }
     vf ds = p * (dp - delta);
-    if (j + kLanes > count) ds = visible(ds, j, count, zero);  // 0 * NaN of a key that the query does not see
+    if (some) ds = visible(ds, j, seen, zero);  // 0 * NaN of a key that the query does not see
     store(scores + j, dropped);
     store(grad_p + j, ds);
   }
@@ -127,34 +129,38 @@ PYGPT_INLINE void store_group(const BackwardBuffers& w, int64_t r) {
 #endif
 }
 
-// One 64 x 64 tile: queries q0 .. q0 + 64, keys k0 .. k0 + 64.
-template <class T>
+// One 64 x 64 tile: queries q0 .. q0 + 64, of which those before end_query see a key of the tile, keys k0 .. k0 + 64.
+// DOCUMENTS: whether the shape has any. Asking in the loops would cost the others 1 to 2%.
+template <class T, bool DOCUMENTS>
 static void backward_tile(const AttentionShape& shape, const BackwardBuffers& w, int64_t head, int64_t q0, int64_t k0,
-                          bool want_keys, bool want_queries) {
+                          int64_t end_query, bool want_keys, bool want_queries) {
   constexpr int P = kPair<T>;
   const int64_t D = shape.D, width = shape.width(), stride = width / P, units = (D + P - 1) / P;
-  const int64_t rows = smaller(kBlock, shape.T - q0), keys = smaller(kBlock, shape.S - k0);
-  const int64_t count = q0 + shape.S - shape.T + 1 - k0;  // keys of this block that query q0 sees
+  const int64_t rows = smaller(kBlock, end_query - q0), keys = smaller(kBlock, shape.S - k0);
+  const int64_t count = shape.end_key(q0) - k0;           // keys of this block that query q0 sees, but for its document
   const int64_t first = count > 0 ? 0 : 1 - count;        // the first query that sees any
   for (int64_t r = first / kRows * kRows; r < rows; r += kRows) {
+    const int64_t from = DOCUMENTS ? larger(0, shape.first_key(head, q0 + r) - k0) / kLanes * kLanes : 0;
     const int64_t columns = round_up(smaller(keys, count + r + kRows - 1), kLanes);
-    product<P, false, Into::assign>(w.query_rows + (q0 + r) * stride, stride, w.key_panel, kBlock, w.scores, kBlock,
-                                       units, columns);
-    product<P, false, Into::assign>(w.grad_rows + (q0 + r) * stride, stride, w.value_panel, kBlock, w.grad_p, kBlock,
-                                       units, columns);
+    product<P, false, Into::assign>(w.query_rows + (q0 + r) * stride, stride, w.key_panel + from, kBlock,
+                                    w.scores + from, kBlock, units, columns - from);
+    product<P, false, Into::assign>(w.grad_rows + (q0 + r) * stride, stride, w.value_panel + from, kBlock,
+                                    w.grad_p + from, kBlock, units, columns - from);
     for (int i = 0; i < kRows; ++i) {
       vi keep[kBlock / kLanes];
       if (shape.dropout.on) dropout_keep(shape.dropout, head, q0 + r + i, k0 / kBlock, keep);
-      softmax_backward_row<T>(shape, w.scores + i * kBlock, w.grad_p + i * kBlock, columns, count + r + i,
+      const Seen seen{DOCUMENTS ? shape.first_key(head, q0 + r + i) - k0 : 0, count + r + i};
+      softmax_backward_row<T>(shape, w.scores + i * kBlock, w.grad_p + i * kBlock, from, columns, seen,
                               w.lse2[q0 + r + i], w.delta[q0 + r + i], shape.dropout.on ? keep : nullptr);
     }
     store_group<P>(w, r);
   }
   if (want_keys)
-    for (int64_t j = 0; j < keys; j += kRows) {
+    for (int64_t j = 0, end = DOCUMENTS ? 0 : rows; j < keys; j += kRows) {
       const int64_t from = larger(0, j + 1 - count) / kRows * kRows;  // the first queries that see these keys
-      if (from >= rows) break;
-      const int64_t n = (rows - from + P - 1) / P;
+      while (DOCUMENTS && end < rows && shape.first_key(head, q0 + end) < k0 + j + kRows) ++end;
+      if (from >= end) continue;
+      const int64_t n = (end - from + P - 1) / P;
       const int64_t at = from / P * kBlock + j, operand = (q0 + from) / P * width;
       product<P, true, Into::add>(w.p_across + at, kBlock, w.grad_summed + operand, width, w.grad_v + j * width, width,
                                   n, D);
@@ -163,9 +169,10 @@ static void backward_tile(const AttentionShape& shape, const BackwardBuffers& w,
     }
   if (want_queries)
     for (int64_t r = first / kRows * kRows; r < rows; r += kRows) {
-      const int64_t seen = smaller(keys, count + r + kRows - 1);
-      product<P, false, Into::add>(w.ds_rows + r * (kBlock / P), kBlock / P, w.key_summed, width,
-                                   w.grad_q + (q0 + r) * width, width, (seen + P - 1) / P, D);
+      const int64_t from = DOCUMENTS ? larger(0, shape.first_key(head, q0 + r) - k0) / kLanes * kLanes : 0;
+      const int64_t seen = smaller(keys, count + r + kRows - 1) - from;
+      product<P, false, Into::add>(w.ds_rows + (r * kBlock + from) / P, kBlock / P, w.key_summed + from / P * width,
+                                   width, w.grad_q + (q0 + r) * width, width, (seen + P - 1) / P, D);
     }
 }
 
@@ -183,12 +190,15 @@ void attention_backward(const AttentionShape& shape, const BackwardInputs<T>& in
                         float* workspace, int64_t head, Range key_blocks, Range query_blocks) {
   const BackwardBuffers w = lay_out<T>(shape, workspace);
   const int64_t b = head / shape.H, h = head % shape.H, D = shape.D, width = shape.width(), row = shape.H * D;
-  const int64_t start = larger(query_blocks.begin, shape.first_query_block(key_blocks.begin));
-  pack_queries(shape, in, w, head, {start, query_blocks.end});
+  const auto tile = shape.document_start ? backward_tile<T, true> : backward_tile<T, false>;
+  pack_queries(shape, in, w, head,
+               {larger(query_blocks.begin, shape.first_query_block(key_blocks.begin)),
+                smaller(query_blocks.end, shape.end_query_block(head, key_blocks.end - 1))});
   if (out.q) std::memset(w.grad_q + query_blocks.begin * kBlock * width, 0,
                          (query_blocks.end - query_blocks.begin) * kBlock * width * sizeof(float));
   for (int64_t key_block = key_blocks.begin; key_block < key_blocks.end; ++key_block) {
     const int64_t k0 = key_block * kBlock, keys = smaller(kBlock, shape.S - k0);
+    const int64_t end_query = shape.end_query(head, key_block);
     const T* k = in.k.data + b * in.k.batch + h * in.k.head + k0 * in.k.time;
     const T* v = in.v.data + b * in.v.batch + h * in.v.head + k0 * in.v.time;
     pack_transposed(k, in.k.time, keys, D, width, w.key_panel);
@@ -198,8 +208,9 @@ void attention_backward(const AttentionShape& shape, const BackwardInputs<T>& in
       std::memset(w.grad_k, 0, kBlock * width * sizeof(float));
       std::memset(w.grad_v, 0, kBlock * width * sizeof(float));
     }
-    for (int64_t q = larger(query_blocks.begin, shape.first_query_block(key_block)); q < query_blocks.end; ++q)
-      backward_tile<T>(shape, w, head, q * kBlock, k0, out.k != nullptr, out.q != nullptr);
+    for (int64_t q = larger(query_blocks.begin, shape.first_query_block(key_block));
+         q < query_blocks.end && q * kBlock < end_query; ++q)
+      tile(shape, w, head, q * kBlock, k0, end_query, out.k != nullptr, out.q != nullptr);
     if (out.k) {
       const int64_t at = ((b * shape.S + k0) * shape.H + h) * D;
       store_gradient(w.grad_k, keys, D, width, shape.scale, out.k + at, row);

@@ -50,7 +50,9 @@ void attention_decode(const AttentionShape& shape, HeadView<const T> q, HeadView
       const T* from = q.data + b * q.batch + h * q.head + t * q.time;
       PYGPT_FOR_LANES(D, store_step(queries + t * width + i, load_step(from + i, n) * (shape.scale * kLog2E), n);)
     }
-    for (int64_t k0 = chunk * kDecodeKeys; k0 < end; k0 += kBlock) {
+    // Keys before the first query's document are not read: nobody sees them.
+    const int64_t begin = larger(chunk * kDecodeKeys, shape.first_key(head, 0) / kBlock * kBlock);
+    for (int64_t k0 = begin; k0 < end; k0 += kBlock) {
       const int64_t keys = smaller(kBlock, end - k0);
       const T* key = k.data + b * k.batch + h * k.head + k0 * k.time;
       const T* value = v.data + b * v.batch + h * v.head + k0 * v.time;
@@ -59,8 +61,7 @@ void attention_decode(const AttentionShape& shape, HeadView<const T> q, HeadView
         if (k0 + j + kAhead < end) prefetch_row(key + kAhead * k.time, D);
         for (int t = 0; t < queries_here; ++t) scores[t * kBlock + j] = dot(queries + t * width, key, D);
       }
-      softmax_rows<float>(shape, scores, queries_here, round_up(keys, kLanes), shape.S - shape.T + 1 - k0,
-                          {largest, sums}, factor, head, 0, k0 / kBlock);
+      softmax_rows<float>(shape, scores, queries_here, round_up(keys, kLanes), {largest, sums}, factor, head, 0, k0);
       for (int t = 0; t < queries_here; ++t) {
         const float* p = scores + t * kBlock;
         float* to = o + t * width;

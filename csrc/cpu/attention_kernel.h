@@ -23,18 +23,29 @@ struct Running {
   float* sum;      // (rows x kLanes)
 };
 
-PYGPT_INLINE vf visible(vf x, int64_t first, int64_t count, vf otherwise) {
-  const vi lane = lane_numbers() + static_cast<int32_t>(first);
-  return lane < static_cast<int32_t>(count) ? x : otherwise;
+// The keys that a query sees, counted from the first column of its scores: begin may be negative, end beyond the last.
+struct Seen {
+  int64_t begin, end;
+  bool all(int64_t from, int64_t to) const { return begin <= from && to <= end; }
+};
+
+PYGPT_INLINE Seen seen_from(const AttentionShape& shape, int64_t head, int64_t query, int64_t key) {
+  return {shape.first_key(head, query) - key, shape.end_key(query) - key};
 }
 
-// Hides the keys from `count` on, and returns the largest score, at least `largest`.
-PYGPT_INLINE float mask_scores(float* scores, int64_t columns, int64_t count, float largest) {
+PYGPT_INLINE vf visible(vf x, int64_t j, Seen seen, vf otherwise) {
+  const vi lane = lane_numbers() + static_cast<int32_t>(j);
+  return (lane >= static_cast<int32_t>(seen.begin)) & (lane < static_cast<int32_t>(seen.end)) ? x : otherwise;
+}
+
+// Hides the keys that are not seen, and returns the largest score, at least `largest`.
+PYGPT_INLINE float mask_scores(float* scores, int64_t columns, Seen seen, float largest) {
   vf top = splat(largest);
+  const bool all = seen.all(0, columns);
   for (int64_t j = 0; j < columns; j += kLanes) {
     vf x = load(scores + j);
-    if (j + kLanes > count) {
-      x = visible(x, j, count, splat(-std::numeric_limits<float>::infinity()));
+    if (!all && !seen.all(j, j + kLanes)) {
+      x = visible(x, j, seen, splat(-std::numeric_limits<float>::infinity()));
       store(scores + j, x);
     }
     top = vmax(top, x);
@@ -69,40 +80,42 @@ PYGPT_INLINE vf probabilities(float* scores, int64_t columns, float largest, vf 
   return sum;
 }
 
-// One block of keys: scores (rows x kBlock) -> probabilities; query r sees the first count + r keys of the block.
-// factor[r]: what the earlier output and sum are to be multiplied by.
+// Scores (rows x `columns`, rows kBlock apart) -> probabilities. The first row is that of `query`, the first column of
+// `key`, a multiple of kLanes; all columns are of one block. factor[r]: by what to multiply the output and sum so far.
 template <class T>
-static void softmax_rows(const AttentionShape& shape, float* scores, int rows, int64_t columns, int64_t count,
-                         Running running, float* factor, int64_t head, int64_t query, int64_t key_block) {
+static void softmax_rows(const AttentionShape& shape, float* scores, int rows, int64_t columns, Running running,
+                         float* factor, int64_t head, int64_t query, int64_t key) {
   float before[kLanes] = {}, after[kLanes] = {};
   for (int r = 0; r < rows; ++r) {
     before[r] = running.largest[r];
-    const float top = mask_scores(scores + r * kBlock, columns, count + r, before[r]);
+    const Seen seen = seen_from(shape, head, query + r, key);
+    const float top = mask_scores(scores + r * kBlock, columns, seen, before[r]);
     running.largest[r] = top;
-    // Scores that are all -inf so far (only by overflow) must not give -inf - -inf.
+    // Where no key was seen so far, or scores overflowed, there must be no -inf - -inf.
     after[r] = top == -std::numeric_limits<float>::infinity() ? 0.0f : top;
   }
   store(factor, vexp2(load(before) - load(after)));
   for (int r = 0; r < rows; ++r) {
     vi keep[kBlock / kLanes];
-    if (shape.dropout.on) dropout_keep(shape.dropout, head, query + r, key_block, keep);
+    if (shape.dropout.on) dropout_keep(shape.dropout, head, query + r, key / kBlock, keep);
     float* sum = running.sum + r * kLanes;
     store(sum, probabilities<T>(scores + r * kBlock, columns, after[r], load(sum) * factor[r],
-                                shape.dropout.on ? keep : nullptr));
+                                shape.dropout.on ? keep + key % kBlock / kLanes : nullptr));
   }
 }
 
-// Packed keys and values of one head, as far as queries have needed them.
+// Packed keys and values of one head: the blocks of the queries so far, whose ranges never move back.
 template <class T>
 struct PackedHead {
   float *keys, *values;  // per block of keys: (width / kPair x kBlock), (kBlock / kPair x width)
   int64_t head = -1, blocks = 0;
 
-  void need(const AttentionShape& shape, HeadView<const T> k, HeadView<const T> v, int64_t to_head,
-                                int64_t to_blocks) {
-    if (head != to_head) head = to_head, blocks = 0;
+  void need(const AttentionShape& shape, HeadView<const T> k, HeadView<const T> v, int64_t of_head,
+            Range range) {
+    blocks = head == of_head ? larger(blocks, range.begin) : range.begin;
+    head = of_head;
     const int64_t b = head / shape.H, h = head % shape.H, width = shape.width(), size = kBlock * width / kPair<T>;
-    for (; blocks < to_blocks; ++blocks) {
+    for (; blocks < range.end; ++blocks) {
       const int64_t first = blocks * kBlock, count = smaller(kBlock, shape.S - first);
       pack_transposed(k.data + b * k.batch + h * k.head + first * k.time, k.time, count, shape.D, width,
                       keys + blocks * size);
@@ -155,34 +168,35 @@ void attention_forward(const AttentionShape& shape, HeadView<const T> q, HeadVie
   for (int64_t item = first; item < last; ++item) {
     const int64_t head = item / shape.query_blocks(), block = item % shape.query_blocks();
     const int64_t b = head / shape.H, h = head % shape.H, q0 = block * kBlock, rows = smaller(kBlock, shape.T - q0);
-    packed.need(shape, k, v, head, shape.key_blocks_seen(block));
+    const Range key_blocks = {shape.first_key_block(head, block), shape.end_key_block(block)};
+    packed.need(shape, k, v, head, key_blocks);
     pack_rows(q.data + b * q.batch + h * q.head + q0 * q.time, q.time, rows, D, width, queries);
     std::memset(queries + rows * (width / P), 0, (round_up(rows, kRows) - rows) * (width / P) * sizeof(float));
     std::memset(o, 0, round_up(rows, kRows) * width * sizeof(float));
     std::memset(running.sum, 0, kBlock * kLanes * sizeof(float));
     for (int64_t r = 0; r < kBlock; ++r) running.largest[r] = -std::numeric_limits<float>::infinity();
 
-    for (int64_t key_block = 0; key_block < shape.key_blocks_seen(block); ++key_block)
+    for (int64_t key_block = key_blocks.begin; key_block < key_blocks.end; ++key_block)
       for (int64_t r = 0; r < rows; r += kRows) {
         const int group = static_cast<int>(smaller(kRows, rows - r));
-        // Keys of this block that the group's first and last query see.
-        const int64_t count = q0 + r + shape.S - shape.T + 1 - key_block * kBlock;
-        const int64_t seen = smaller(kBlock, count + group - 1);
+        // Keys of this block that the group sees: its first query begins first, its last query ends last.
+        const int64_t k0 = key_block * kBlock, from = larger(0, shape.first_key(head, q0 + r) - k0) / kLanes * kLanes;
+        const int64_t seen = smaller(kBlock, shape.end_key(q0 + r + group - 1) - k0) - from;
         if (seen <= 0) continue;
-        if (key_block == 0 && item + 1 < last) {
+        if (key_block == key_blocks.begin && item + 1 < last) {
           const int64_t next_head = (item + 1) / shape.query_blocks(), next = (item + 1) % shape.query_blocks();
-          const int64_t next_key = (shape.key_blocks_seen(next) - 1) * kBlock + r;
+          const int64_t next_key = (shape.end_key_block(next) - 1) * kBlock + r;
           prefetch_rows(q, shape.H, D, next_head, next * kBlock + r, shape.T);
           prefetch_rows(k, shape.H, D, next_head, next_key, shape.S);
           prefetch_rows(v, shape.H, D, next_head, next_key, shape.S);
         }
         float factor[kLanes];
-        product<P, false, Into::scale>(queries + r * (width / P), width / P, packed.keys + key_block * panel, kBlock,
-                                           scores, kBlock, units, seen, &scale);
-        softmax_rows<T>(shape, scores, group, round_up(seen, kLanes), count,
-                        {running.largest + r, running.sum + r * kLanes}, factor, head, q0 + r, key_block);
-        product<P, false, Into::rescale>(scores, kBlock, packed.values + key_block * panel, width, o + r * width, width,
-                                         (seen + P - 1) / P, D, factor);
+        product<P, false, Into::scale>(queries + r * (width / P), width / P, packed.keys + key_block * panel + from,
+                                       kBlock, scores, kBlock, units, seen, &scale);
+        softmax_rows<T>(shape, scores, group, round_up(seen, kLanes), {running.largest + r, running.sum + r * kLanes},
+                        factor, head, q0 + r, k0 + from);
+        product<P, false, Into::rescale>(scores, kBlock, packed.values + key_block * panel + from / P * width, width,
+                                         o + r * width, width, (seen + P - 1) / P, D, factor);
       }
     finish_rows(shape, o, running, rows, out + ((b * shape.T + q0) * shape.H + h) * D, lse + head * shape.T + q0);
   }

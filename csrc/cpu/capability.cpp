@@ -23,21 +23,21 @@ int best() {
 #endif
 }
 
-int level_of(const std::string& name) {
+int level_of(const std::string& name, const char* source) {
   std::string known;
   for (int i = 0; i <= best(); ++i) {
     if (name == kNames[i]) return i;
     known += (i ? ", " : "") + std::string(kNames[i]);
   }
-  throw std::invalid_argument("CPU capability '" + name + "' is unknown or not on this machine, which has: " + known);
+  throw std::invalid_argument(std::string(source) + " '" + name + "' is unknown or not on this machine; choose one of " + known);
 }
 
 int initial() {
   const char* wanted = std::getenv("PYGPT_CPU_CAPABILITY");
-  return wanted && *wanted ? level_of(wanted) : best();
+  return wanted && *wanted ? level_of(wanted, "PYGPT_CPU_CAPABILITY") : best();
 }
 
-// -1: not read yet. The first reader throws if the variable holds a bad name, which module.cpp makes an import error.
+// -1: not read yet. Every reader throws while the variable holds a bad name: so does each kernel, and no import.
 std::atomic<int> current{-1};
 
 }  // namespace
@@ -51,7 +51,7 @@ Capability capability() {
   return static_cast<Capability>(level);
 }
 
-void set_capability(const std::string& name) { current.store(level_of(name), std::memory_order_relaxed); }
+void set_capability(const std::string& name) { current.store(level_of(name, "CPU capability"), std::memory_order_relaxed); }
 
 std::string capability_name() { return kNames[static_cast<int>(capability())]; }
 

@@ -14,7 +14,8 @@ struct bf16 {
 
 enum class Capability : int { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 
-// The level in use. Read once from the environment, then only changed by set_capability.
+// The level in use. Read once from the environment, then only changed by set_capability. Throws std::invalid_argument if
+// the environment asks for a name that the machine lacks.
 Capability capability();
 // Lowers (or raises again) the level; throws std::invalid_argument for a name the machine lacks. For tests and benches.
 void set_capability(const std::string& name);

@@ -24,10 +24,10 @@ inline Tensor new_empty(const Tensor& like, const int64_t* sizes, int64_t dim, S
   int64_t strides[64];  // the most dimensions that torch has
   for (int64_t i = dim - 1, step = 1; i >= 0; step *= std::max<int64_t>(sizes[i--], 1)) strides[i] = step;
   int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dim, sizes, strides, code, device_type, like.get_device_index(), &handle));
   return Tensor(handle);
 }

@@ -16,15 +16,19 @@ Tensor rows(const Tensor& x) { return x.stride(3) == 1 ? x : torch::stable::cont
 Heads heads(const Tensor& x) { return {mutable_data(x), x.stride(0), x.stride(1), x.stride(2)}; }
 
 Attention describe(const Tensor& q, const Tensor& k, const Tensor& v, double scale, double dropout_p,
-                   const std::optional<Tensor>& seed, const char* op) {
+                   const std::optional<Tensor>& seed, const std::optional<Tensor>& document_start, const char* op) {
   PYGPT_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && q.size(0) == k.size(0) && q.size(2) == k.size(2) &&
-                  q.size(3) == k.size(3) && k.sizes() == v.sizes() && k.size(1) >= q.size(1),
+                  q.size(3) == k.size(3) && same_shape(k, v) && k.size(1) >= q.size(1),
               op, ": q must be (B, T, H, D) and k, v (B, S, H, D) with S >= T");
   PYGPT_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(), op, ": q, k and v must have one dtype");
   PYGPT_CHECK(q.size(3) >= 1 && q.size(3) <= kMaxHeadDim, op, ": the head dimension must be 1 to 256");
   PYGPT_CHECK(dropout_p >= 0.0 && dropout_p < 1.0 && (dropout_p == 0.0 || seed), op,
               ": dropout_p must be in [0, 1), with a seed unless it is 0");
   PYGPT_CHECK(!seed || (seed->scalar_type() == ScalarType::Long && seed->numel() == 1), op, ": the seed must be int64 (1,)");
+  PYGPT_CHECK(!document_start || (document_start->scalar_type() == ScalarType::Int && document_start->dim() == 2 &&
+                                  document_start->size(0) == q.size(0) && document_start->size(1) == q.size(1) &&
+                                  document_start->get_device_index() == q.get_device_index()),
+              op, ": document_start must be int32 (B, T), on the device of q");
   // One block per 8 rows of a head at most, in the first dimension of the grid.
   PYGPT_CHECK(k.size(1) < (int64_t{1} << 30) && q.size(0) * q.size(2) * (k.size(1) / 8 + 1) < (int64_t{1} << 31), op,
               ": too many heads or keys for one launch");
@@ -39,6 +43,7 @@ Attention describe(const Tensor& q, const Tensor& k, const Tensor& v, double sca
   p.scale = static_cast<float>(scale);
   p.dropout = {dropout_p > 0.0 ? data<int64_t>(*seed) : nullptr, static_cast<uint32_t>(threshold),
                static_cast<float>(1.0 / (1.0 - dropout_p))};
+  p.document_start = data<int32_t>(document_start);
   p.q = heads(q);
   p.k = heads(k);
   p.v = heads(v);
@@ -46,13 +51,15 @@ Attention describe(const Tensor& q, const Tensor& k, const Tensor& v, double sca
   return p;
 }
 
-std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, double scale, double dropout_p, std::optional<Tensor> seed) {
+std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, double scale, double dropout_p,
+                                   std::optional<Tensor> seed, std::optional<Tensor> document_start) {
   const char* op = "causal_attention_forward";
   PYGPT_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, op, ": q, k and v must have 4 dimensions");
   q = rows(q);
   k = rows(k);
   v = rows(v);
-  Attention p = describe(q, k, v, scale, dropout_p, seed, op);
+  if (document_start) document_start = torch::stable::contiguous(*document_start);
+  Attention p = describe(q, k, v, scale, dropout_p, seed, document_start, op);
   const OnDevice device(op, q);
   Tensor out = new_empty(q, {p.B, p.T, p.H, p.D}, q.scalar_type());
   Tensor lse = new_empty(q, {p.B, p.H, p.T}, ScalarType::Float);
@@ -74,10 +81,11 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, double scale, d
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, double scale,
-                                            double dropout_p, std::optional<Tensor> seed) {
+                                            double dropout_p, std::optional<Tensor> seed,
+                                            std::optional<Tensor> document_start) {
   const char* op = "causal_attention_backward";
   PYGPT_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, op, ": q, k and v must have 4 dimensions");
-  PYGPT_CHECK(grad.sizes() == q.sizes() && out.sizes() == q.sizes() && grad.scalar_type() == q.scalar_type() &&
+  PYGPT_CHECK(same_shape(grad, q) && same_shape(out, q) && grad.scalar_type() == q.scalar_type() &&
                   out.scalar_type() == q.scalar_type(),
               op, ": grad and out must match q in shape and dtype");
   q = rows(q);
@@ -86,7 +94,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor q, Tensor k, Ten
   grad = rows(grad);
   out = rows(out);
   lse = torch::stable::contiguous(lse);
-  Attention p = describe(q, k, v, scale, dropout_p, seed, op);
+  if (document_start) document_start = torch::stable::contiguous(*document_start);
+  Attention p = describe(q, k, v, scale, dropout_p, seed, document_start, op);
   PYGPT_CHECK(lse.scalar_type() == ScalarType::Float && lse.numel() == int64_t(p.B) * p.H * p.T, op,
               ": lse must be (B, H, T) float32");
   const OnDevice device(op, q);

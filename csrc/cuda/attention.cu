@@ -25,9 +25,9 @@ __global__ void __launch_bounds__(kTileThreads, D == 64 ? 3 : 2) forward(Attenti
   const int first = (tiles - 1 - static_cast<int>(blockIdx.x) / heads) * kTileRows, row = first + warp * 16;
   const int shift = p.S - p.T, split = blockIdx.y;
   const int last_key = first + kTileRows + shift < p.S ? first + kTileRows + shift : p.S;  // one past it
-  const int key_tiles_all = (last_key + kKeys - 1) / kKeys;
-  const int begin = static_cast<int>(int64_t(key_tiles_all) * split / p.splits);
-  const int end = static_cast<int>(int64_t(key_tiles_all) * (split + 1) / p.splits);
+  const int first_tile = first_key(p, b, first) / kKeys, key_tiles_all = (last_key + kKeys - 1) / kKeys - first_tile;
+  const int begin = first_tile + static_cast<int>(int64_t(key_tiles_all) * split / p.splits);
+  const int end = first_tile + static_cast<int>(int64_t(key_tiles_all) * (split + 1) / p.splits);
 
   const T *k = head_of<T>(p.k, b, h), *v = head_of<T>(p.v, b, h);
   const auto fetch = [&](int tile) {
@@ -48,6 +48,9 @@ __global__ void __launch_bounds__(kTileThreads, D == 64 ? 3 : 2) forward(Attenti
   }
 
   float out[D / 8][4] = {}, largest[2] = {kNegativeInfinity, kNegativeInfinity}, total[2] = {};
+  // Of this thread's two queries, and the largest of its warp's.
+  const int start[2] = {first_key(p, b, row + lane / 4), first_key(p, b, row + lane / 4 + 8)};
+  const int last_start = first_key(p, b, row + 15);
   const float scale = p.scale * kLog2e;
   const uint64_t seed = kDropout ? static_cast<uint64_t>(*p.dropout.seed) : 0;
   for (int tile = begin; tile < end; ++tile) {
@@ -67,7 +70,7 @@ __global__ void __launch_bounds__(kTileThreads, D == 64 ? 3 : 2) forward(Attenti
       multiply_by_rows(s, q[step], Tile<T, D>{key_tiles + stage}, 0, step);
     }
 
-    const bool whole = key + kKeys <= p.S && key + kKeys - 1 <= row + shift;  // no element of the warp's tile is masked
+    const bool whole = key >= last_start && key + kKeys - 1 <= row + shift;  // no element of the warp's tile is masked
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int query = row + lane / 4 + half * 8;
@@ -78,7 +81,7 @@ __global__ void __launch_bounds__(kTileThreads, D == 64 ? 3 : 2) forward(Attenti
         for (int i = 0; i < 2; ++i) {
           float& x = s[n][2 * half + i];
           const int j = key + n * 8 + lane % 4 * 2 + i;
-          x = whole || (j <= query + shift && j < p.S) ? x * scale : kNegativeInfinity;
+          x = whole || (j >= start[half] && j <= query + shift) ? x * scale : kNegativeInfinity;
           now = fmaxf(now, x);
         }
       }

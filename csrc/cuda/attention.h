@@ -18,6 +18,7 @@ struct Attention {
   int B, T, S, H, D;       // query i sees the keys 0 .. i + S - T
   float scale;
   Dropout dropout;
+  const int32_t* document_start;  // (B, T), contiguous, not decreasing along T; null: every query sees key 0
   Heads q, k, v, out;
   float* lse;              // (B, H, T)
   // Forward, split over keys: partial results of each split, added up by a second kernel. Null and 1 otherwise.
@@ -27,6 +28,28 @@ struct Attention {
   Heads grad, grad_q, grad_k, grad_v;
   float* delta;            // (B, H, T): scratch, the sum over D of grad * out
 };
+
+// The first key that a query sees; a query beyond the last counts as the last. In range whatever document_start holds.
+__device__ inline int first_key(const Attention& p, int b, int query) {
+  if (!p.document_start) return 0;
+  query = query < p.T ? query : p.T - 1;
+  const int start = p.document_start[int64_t(b) * p.T + query], own = query + p.S - p.T;
+  return start < 0 ? 0 : start < own ? start : own;
+}
+
+// How many queries have their first key before `key`: they come first, because starts do not decrease.
+__device__ inline int queries_from_before(const Attention& p, int b, int key) {
+  if (!p.document_start) return p.T;
+  int low = 0, high = p.T;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (first_key(p, b, middle) < key)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
 
 // Whether the tensor-core kernels serve this problem: 16-bit elements, D a multiple of 8 up to 128, and every row at a
 // multiple of 16 bytes. attention_plain_* serve all others, up to kMaxHeadDim.

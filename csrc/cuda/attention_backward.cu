@@ -16,10 +16,10 @@ template <int D, bool kDropout>
 constexpr int kQueries = (D == 64 ? 64 : 32) / (kDropout ? 2 : 1);
 
 // Of a warp's 16 keys and N * 8 queries: s (scores) becomes the probabilities with dropout, which grad_v is made of, and
-// d (products of grad and values) becomes the gradient of the scores.
+// d (products of grad and values) becomes the gradient of the scores. No query from end_query on sees the thread's keys.
 template <bool kDropout, int N>
 __device__ void probabilities_by_key(const Attention& p, float (&s)[N][4], float (&d)[N][4], int head, int key, int query,
-                                     uint64_t seed) {
+                                     const int (&end_query)[2], uint64_t seed) {
   const int lane = threadIdx.x % kWarp, shift = p.S - p.T;
   const float scale = p.scale * kLog2e;
 #pragma unroll
@@ -27,15 +27,14 @@ __device__ void probabilities_by_key(const Attention& p, float (&s)[N][4], float
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = query + n * 8 + lane % 4 * 2 + i;
-      const bool there = row < p.T;
-      const int64_t at = int64_t(head) * p.T + (there ? row : 0);
+      const int64_t at = int64_t(head) * p.T + (row < p.T ? row : 0);
       const float lse = p.lse[at] * kLog2e, delta = p.delta[at];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int j = key + lane / 4 + half * 8;
         float& x = s[n][2 * half + i];
         float& dx = d[n][2 * half + i];
-        const float weight = there && j <= row + shift && j < p.S ? ptx::exp2_approx(x * scale - lse) : 0.0f;
+        const float weight = row < end_query[half] && j <= row + shift ? ptx::exp2_approx(x * scale - lse) : 0.0f;
         float kept = 1.0f;
         if constexpr (kDropout) {
           const Words words = dropout_words(seed, head, row, j);
@@ -61,7 +60,9 @@ __global__ void __launch_bounds__(kTileThreads) grad_keys(Attention p) {
   const int heads = p.B * p.H, warp = threadIdx.x / kWarp;
   const int head = blockIdx.x % heads, b = head / p.H, h = head % p.H;
   const int first = static_cast<int>(blockIdx.x) / heads * kTileRows, key = first + warp * 16;
-  const int shift = p.S - p.T, begin = (first > shift ? first - shift : 0) / Q, end = (p.T + Q - 1) / Q;
+  const int shift = p.S - p.T, begin = (first > shift ? first - shift : 0) / Q;
+  const int end = (queries_from_before(p, b, first + kTileRows) + Q - 1) / Q, own = key + threadIdx.x % kWarp / 4;
+  const int end_query[2] = {queries_from_before(p, b, own + 1), queries_from_before(p, b, own + 9)};
 
   const T *q = head_of<T>(p.q, b, h), *grad = head_of<T>(p.grad, b, h);
   const auto fetch = [&](int tile) {
@@ -92,7 +93,7 @@ __global__ void __launch_bounds__(kTileThreads) grad_keys(Attention p) {
       load_a(a, values, warp * 16, step);
       multiply_by_rows(d, a, grads, 0, step);
     }
-    probabilities_by_key<kDropout>(p, s, d, head, key, tile * Q, seed);
+    probabilities_by_key<kDropout>(p, s, d, head, key, tile * Q, end_query, seed);
 #pragma unroll
     for (int step = 0; step < Q / 16; ++step) {
       uint32_t a[4];
@@ -118,7 +119,7 @@ __global__ void __launch_bounds__(kTileThreads) grad_queries(Attention p) {
   const int head = blockIdx.x % heads, b = head / p.H, h = head % p.H;
   const int first = (tiles - 1 - static_cast<int>(blockIdx.x) / heads) * kTileRows, row = first + warp * 16;
   const int shift = p.S - p.T, last_key = first + kTileRows + shift < p.S ? first + kTileRows + shift : p.S;
-  const int end = (last_key + kKeys - 1) / kKeys;
+  const int begin = first_key(p, b, first) / kKeys, end = (last_key + kKeys - 1) / kKeys;
 
   const T *k = head_of<T>(p.k, b, h), *v = head_of<T>(p.v, b, h);
   const auto fetch = [&](int tile) {
@@ -128,9 +129,10 @@ __global__ void __launch_bounds__(kTileThreads) grad_queries(Attention p) {
   };
   queries.template copy_from<kTileRows>(head_of<T>(p.q, b, h), p.q.token, first, p.T, p.D);
   grads.template copy_from<kTileRows>(head_of<T>(p.grad, b, h), p.grad.token, first, p.T, p.D);
-  fetch(0);
+  fetch(begin);
   ptx::cp_async_commit();
 
+  const int start[2] = {first_key(p, b, row + lane / 4), first_key(p, b, row + lane / 4 + 8)};
   float lse[2], delta[2], grad_q[D / 8][4] = {};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -141,7 +143,7 @@ __global__ void __launch_bounds__(kTileThreads) grad_queries(Attention p) {
   }
   const float scale = p.scale * kLog2e;
   const uint64_t seed = kDropout ? static_cast<uint64_t>(*p.dropout.seed) : 0;
-  for (int tile = 0; tile < end; ++tile) {
+  for (int tile = begin; tile < end; ++tile) {
     ptx::cp_async_wait<0>();
     __syncthreads();
     if (tile + 1 < end) fetch(tile + 1);
@@ -164,7 +166,7 @@ __global__ void __launch_bounds__(kTileThreads) grad_queries(Attention p) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int j = key + n * 8 + lane % 4 * 2 + i % 2, query = row + lane / 4 + i / 2 * 8;
-        const bool visible = j <= query + shift && j < p.S && query < p.T;
+        const bool visible = j >= start[i / 2] && j <= query + shift && query < p.T;
         const float weight = visible ? ptx::exp2_approx(s[n][i] * scale - lse[i / 2]) : 0.0f;
         d[n][i] = weight * (d[n][i] - delta[i / 2]);
       }

@@ -73,7 +73,8 @@ struct Place {  // of a block and a warp in the problem
         warp(threadIdx.x / kWarp),
         lane(threadIdx.x % kWarp),
         shift(p.S - p.T) {}
-  // One past the last key that the block's queries see.
+  // The first of the keys that the block's queries see, down to a step; and one past the last.
+  __device__ int first_step(const Attention& p) const { return first_key(p, b, first) / kColumns * kColumns; }
   __device__ int last_key(const Attention& p) const { return first + kRows + shift < p.S ? first + kRows + shift : p.S; }
 };
 
@@ -85,16 +86,18 @@ __global__ void __launch_bounds__(kThreads) forward(Attention p) {
   float* values = shared.take<float>(kColumns * (p.D + 1));
   const Place at(p);
   stage<T>(rows, p.q, at.b, at.h, at.first, p.T, kRows, p.D);
+  const int start = first_key(p, at.b, at.row);
   float out[kElements] = {}, largest = kNegativeInfinity, total = 0;
-  for (int key = 0; key < at.last_key(p); key += kColumns) {
+  for (int key = at.first_step(p); key < at.last_key(p); key += kColumns) {
     stage<T>(keys, p.k, at.b, at.h, key, p.S, kColumns, p.D);
     stage<T>(values, p.v, at.b, at.h, key, p.S, kColumns, p.D);
     __syncthreads();
     const int j = key + at.lane;
-    const bool visible = j <= at.row + at.shift && j < p.S;
+    const bool visible = j >= start && j <= at.row + at.shift && j < p.S;
     const float score = visible ? dot(rows + at.warp * (p.D + 1), keys + at.lane * (p.D + 1), p.D) * p.scale : kNegativeInfinity;
-    const float now = fmaxf(largest, warp_max(score));  // finite: every query sees key 0
-    const float rescale = expf(largest - now), weight = expf(score - now);
+    const float now = fmaxf(largest, warp_max(score));
+    const float base = now == kNegativeInfinity ? 0.0f : now;  // nothing seen yet: exp(-inf) is 0 all the same
+    const float rescale = expf(largest - base), weight = expf(score - base);
     largest = now;
     total = total * rescale + warp_sum(weight);
 #pragma unroll
@@ -119,14 +122,15 @@ __global__ void __launch_bounds__(kThreads) grad_queries(Attention p) {
   stage<T>(grads, p.grad, at.b, at.h, at.first, p.T, kRows, p.D);
   const int64_t statistics = int64_t(at.head) * p.T + (at.row < p.T ? at.row : 0);
   const float lse = p.lse[statistics], delta = p.delta[statistics];
+  const int start = first_key(p, at.b, at.row);
   float sum[kElements] = {};
-  for (int key = 0; key < at.last_key(p); key += kColumns) {
+  for (int key = at.first_step(p); key < at.last_key(p); key += kColumns) {
     stage<T>(keys, p.k, at.b, at.h, key, p.S, kColumns, p.D);
     stage<T>(values, p.v, at.b, at.h, key, p.S, kColumns, p.D);
     __syncthreads();
     const int j = key + at.lane;
     float weight = 0;
-    if (j <= at.row + at.shift && j < p.S && at.row < p.T) {
+    if (j >= start && j <= at.row + at.shift && at.row < p.T) {
       weight = expf(dot(rows + at.warp * (p.D + 1), keys + at.lane * (p.D + 1), p.D) * p.scale - lse);
       const float through = dot(grads + at.warp * (p.D + 1), values + at.lane * (p.D + 1), p.D);
       weight *= through * kept(p.dropout, at.head, at.row, j) - delta;
@@ -138,7 +142,7 @@ __global__ void __launch_bounds__(kThreads) grad_queries(Attention p) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) grad_keys(Attention p) {
+__global__ void __launch_bounds__(kThreads, 4) grad_keys(Attention p) {
   SharedMemory shared;
   float* keys = shared.take<float>(kRows * (p.D + 1));
   float* values = shared.take<float>(kRows * (p.D + 1));
@@ -148,13 +152,14 @@ __global__ void __launch_bounds__(kThreads) grad_keys(Attention p) {
   stage<T>(keys, p.k, at.b, at.h, at.first, p.S, kRows, p.D);
   stage<T>(values, p.v, at.b, at.h, at.first, p.S, kRows, p.D);
   float sum_k[kElements] = {}, sum_v[kElements] = {};
-  for (int query = at.first > at.shift ? at.first - at.shift : 0; query < p.T; query += kColumns) {
+  const int last = queries_from_before(p, at.b, at.first + kRows), mine = queries_from_before(p, at.b, at.row + 1);
+  for (int query = at.first > at.shift ? at.first - at.shift : 0; query < last; query += kColumns) {
     stage<T>(queries, p.q, at.b, at.h, query, p.T, kColumns, p.D);
     stage<T>(grads, p.grad, at.b, at.h, query, p.T, kColumns, p.D);
     __syncthreads();
     const int i = query + at.lane;
     float for_v = 0, for_k = 0;
-    if (i < p.T && at.row <= i + at.shift && at.row < p.S) {
+    if (i < mine && at.row <= i + at.shift) {
       const int64_t statistics = int64_t(at.head) * p.T + i;
       const float score = dot(keys + at.warp * (p.D + 1), queries + at.lane * (p.D + 1), p.D) * p.scale;
       const float weight = expf(score - p.lse[statistics]), keep = kept(p.dropout, at.head, i, at.row);

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -51,6 +52,12 @@ class __attribute__((visibility("hidden"))) OnDevice : public Launch {
 
 inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, dtype);
+}
+
+// Before torch 2.12 the shapes that the stable ABI hands out have no ==.
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  const auto x = a.sizes(), y = b.sizes();
+  return std::equal(x.begin(), x.end(), y.begin(), y.end());
 }
 
 inline Tensor to_dtype(const Tensor& x, ScalarType dtype) {

@@ -1,7 +1,7 @@
 """Which files a corpus consists of, and where each is cut into pieces that can be encoded one by one.
 
-A document is one file of UTF-8 text. Files are read twice, block by block: here to check the text and find the
-places to cut, and again when a piece is encoded; so a corpus may be larger than memory.
+A document is one file of UTF-8 text, or one row of a Parquet file. Files are read twice, block by block: here to check
+the text and find the places to cut, and again when a piece is encoded; so a corpus may be larger than memory.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+from pygpt.data.parquet import count_row_groups, read_row_group
 from pygpt.errors import InputError, MissingFileError
 from pygpt.tokenizer import cut_position
 
@@ -25,19 +27,30 @@ PIECE_BYTES = 1 << 18
 _NOT_CORPUS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
 
 
+class Source(NamedTuple):
+    """What is scanned at a time: a file, or a row group of a Parquet file. `size`: about its bytes on disk."""
+
+    path: str
+    size: int
+    row_group: int | None = None
+    problem: str = ""
+
+
 class Piece(NamedTuple):
-    """Bytes `start` to `end` of a file: whole characters, and the same tokens as within the whole file."""
+    """Bytes `start` to `end` of a file, or of the texts in a row group of a Parquet file: whole characters, and the same
+    tokens as within the whole document."""
 
     path: str
     start: int
     end: int
     characters: int
     ends_document: bool
+    row_group: int | None = None
 
 
-@dataclass
+@dataclass(slots=True)
 class Scan:
-    """What reading one file showed. `problem` says why it cannot be used; its pieces are then of no use."""
+    """What reading one document showed. `problem` says why it cannot be used; its pieces are then of no use."""
 
     path: str
     pieces: list[Piece] = field(default_factory=list)
@@ -101,6 +114,47 @@ def _standard_library() -> list[str]:
     return found
 
 
+def find_sources(files: Iterable[str]) -> Iterator[Source]:
+    """What to scan of each file."""
+    for path in files:
+        size = os.path.getsize(path) if os.path.isfile(path) else 0
+        if not path.lower().endswith(".parquet"):
+            yield Source(path, size)
+            continue
+        count, problem = count_row_groups(path)
+        if problem:
+            yield Source(path, size, problem=problem)
+        yield from (Source(path, size // count, index) for index in range(count))
+
+
+def scan_source(source: Source, count_characters: bool) -> list[Scan]:
+    """The documents of a source."""
+    if source.problem:
+        return [Scan(source.path, problem=source.problem)]
+    if source.row_group is None:
+        return [scan_file(source.path, count_characters)]
+    try:
+        texts, starts = read_row_group(source.path, source.row_group)
+    except OSError:
+        return [Scan(f"{source.path}, row group {source.row_group}", problem="unreadable")]
+    scans = []
+    for row, (start, end) in enumerate(pairwise(starts.tolist())):
+        scan = Scan(f"{source.path}, row {row} of row group {source.row_group}")
+        try:
+            text = str(texts[start:end], "utf-8")
+        except UnicodeDecodeError:
+            text, scan.problem = "", "not UTF-8 text"
+        if "\0" in text:
+            scan.problem = "binary"
+        elif text:
+            scan.pieces.append(Piece(source.path, start, end, len(text), True, source.row_group))
+            scan.characters.update(text if count_characters else "")
+        else:
+            scan.problem = scan.problem or "empty"
+        scans.append(scan)
+    return scans
+
+
 def scan_file(path: str, count_characters: bool) -> Scan:
     """Checks that a file is text, and cuts it into pieces of about 256 KiB. A byte-order mark is left out."""
     scan = Scan(path)
@@ -142,9 +196,12 @@ def scan_file(path: str, count_characters: bool) -> Scan:
 def read_piece(piece: Piece) -> str:
     """The text of a piece."""
     try:
-        with open(piece.path, "rb") as file:
-            file.seek(piece.start)
-            text = file.read(piece.end - piece.start).decode("utf-8")
+        if piece.row_group is not None:
+            text = str(read_row_group(piece.path, piece.row_group)[0][piece.start : piece.end], "utf-8")
+        else:
+            with open(piece.path, "rb") as file:
+                file.seek(piece.start)
+                text = file.read(piece.end - piece.start).decode("utf-8")
     except (OSError, UnicodeDecodeError):
         text = ""
     if len(text) != piece.characters:

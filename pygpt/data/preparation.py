@@ -1,9 +1,10 @@
 """Text to token files: what `pygpt prepare` runs.
 
-Files and folders of text become `train.bin` and `val.bin` (see tokens.py), `meta.json` and the tokenizer. With
-several documents, each is followed by `<|endoftext|>` and whole documents go to validation. A single document is cut
-by position, its end being validation, with no special token: exactly nanoGPT's data. The result does not depend on
-the number of worker processes, and appears under its final names only when it is complete.
+Files and folders of text become `train.bin` and `val.bin` (see tokens.py), `meta.json` and the tokenizer. A document is
+a file, or a row of a Parquet file's column `text`. With several documents, each is followed by `<|endoftext|>` and
+whole documents go to validation. A single document is cut by position, its end being validation, with no special token:
+exactly nanoGPT's data. The result does not depend on the number of worker processes, and appears under its final names
+only when it is complete.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from pygpt.data.corpus import Piece, Scan, find_files, read_piece, scan_file, split_at_character
+from pygpt.data.corpus import Piece, Scan, find_files, find_sources, read_piece, scan_source, split_at_character
+from pygpt.data.registry import dataset_path
 from pygpt.data.tokens import DTYPES, META_FILE, META_VERSION
 from pygpt.data.workers import OrderedMap, worker_count, workers
 from pygpt.errors import InputError, InputTypeError, PygptError
@@ -49,7 +51,8 @@ class PrepareConfig:
     """Turn files or folders of text into token files for training."""
 
     inputs: tuple[Path, ...] = ()
-    """Files, or folders that are searched for text. Without any: the source of Python's standard library."""
+    """Files, folders that are searched for text, or names that `pygpt data` lists. Without any: the source of Python's
+    standard library."""
 
     out: Path = Path("data")
     """Folder for train.bin, val.bin, meta.json and the tokenizer."""
@@ -129,7 +132,7 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> PrepareSum
     started = time.perf_counter()
     console = console or Console(stderr=True)
     tokenizer: Tokenizer | None = None if config.tokenizer == "char" else get_tokenizer(config.tokenizer)
-    files = find_files(config.inputs, config.extensions)
+    files = find_files([dataset_path(name) for name in config.inputs], config.extensions)
     total = sum(os.path.getsize(file) for file in files if os.path.isfile(file))
     with workers(worker_count(config.workers, total)) as ordered_map, _progress(console) as progress:
         scans = _scan(ordered_map, progress, files, total, count_characters=tokenizer is None)
@@ -155,11 +158,13 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> PrepareSum
 def _scan(
     ordered_map: OrderedMap, progress: Progress, files: Sequence[str], total: int, count_characters: bool
 ) -> list[Scan]:
-    scans = []
+    scans: list[Scan] = []
     task = progress.add_task("Reading", total=total)
-    for scan in ordered_map(partial(scan_file, count_characters=count_characters), files):
-        scans.append(scan)
-        progress.advance(task, _size(scan.pieces))
+    sources = list(find_sources(files))
+    scanned = ordered_map(partial(scan_source, count_characters=count_characters), sources)
+    for source, documents in zip(sources, scanned, strict=True):
+        scans += documents
+        progress.advance(task, source.size)
     progress.update(task, completed=total)
     return scans
 
@@ -317,4 +322,4 @@ def _describe_skipped(skipped: Sequence[tuple[str, str]]) -> str:
     counts = Counter(reason for _, reason in skipped)
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
     path, reason = next(((path, reason) for path, reason in skipped if reason != "empty"), skipped[0])
-    return f"Left out {len(skipped):,} file{'s' if len(skipped) > 1 else ''}: {reasons}; such as {path} ({reason})"
+    return f"Left out {len(skipped):,} document{'s' if len(skipped) > 1 else ''}: {reasons}; such as {path} ({reason})"

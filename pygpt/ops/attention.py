@@ -15,11 +15,13 @@ from torch import Tensor
 
 from pygpt.errors import InputError, InputTypeError
 from pygpt.ops import backends
+from pygpt.ops.autograd import differentiable
 from pygpt.ops.checks import check_device, check_floating
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+GPU_DTYPES = (*KERNEL_DTYPES, torch.float16)
 MAX_HEAD_DIM = 256  # of the compiled kernels; larger heads run the reference
-backends.register("causal_attention", cpp=KERNEL_DTYPES)
+backends.register("causal_attention", cpp=KERNEL_DTYPES, cuda=GPU_DTYPES)
 
 
 def causal_attention(
@@ -35,8 +37,11 @@ def causal_attention(
     q: (B, T, H, D); k, v: (B, S, H, D) with S >= T: they may be a cache that ends with the queries' own keys.
     All of one floating-point dtype and device; any strides (views of a packed qkv projection are read in place).
     scale: 1 / sqrt(D) unless given. dropout_p, in [0, 1): probability of dropping an attention weight; the mask comes
-    from one draw of torch's default generator per call. document_start: int32 (B, T), not decreasing along T: query i
-    sees no key before document_start[b, i], so that documents packed in one row, or padding before a prompt, stay apart.
+    from one draw of torch's default generator per call.
+    document_start: int32 (B, T): query i sees no key before document_start[b, i], an index into the S keys of its row, so
+    that documents packed in one row, or padding before a prompt, stay apart; cost falls with the documents' length. A start
+    below 0 counts as 0, one after i + S - T, the query's own key, as that key. Starts must not decrease along T: the CPU
+    kernels raise RuntimeError where they do; elsewhere the rows concerned are unspecified.
     Returns (B, T, H, D), contiguous, in q's dtype.
     Raises InputError (a ValueError) for shapes, devices and settings, InputTypeError (a TypeError) for dtypes.
     """
@@ -53,11 +58,9 @@ def causal_attention(
                 f"got {q.shape[-1]}; use smaller heads, or drop use_backend / PYGPT_BACKEND"
             )
         backend = "eager"
-    if backend == "eager" or document_start is not None:
+    if backend == "eager":
         return causal_attention_reference(q, k, v, scale, dropout_p, seed, document_start)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _Eager.apply(q, k, v, scale, dropout_p, seed)
-    return torch.ops.pygpt.causal_attention_forward.default(q, k, v, scale, dropout_p, seed)[0]
+    return _causal_attention(q, k, v, scale, dropout_p, seed, document_start)[0]
 
 
 def causal_attention_reference(
@@ -100,7 +103,8 @@ def _visible(T: int, S: int, device: torch.device, document_start: Tensor | None
     causal = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
     if document_start is None:
         return causal
-    return causal & (torch.arange(S, device=device) >= document_start[:, None, :, None])
+    own = torch.arange(S - T, S, device=device)
+    return causal & (torch.arange(S, device=device) >= document_start.minimum(own)[:, None, :, None])
 
 
 # --- dropout -------------------------------------------------------------------------------------------------------
@@ -192,7 +196,13 @@ def _check_documents(document_start: Tensor | None, q: Tensor) -> None:
 
 
 def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, seed: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    document_start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     B, T, H, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
@@ -208,39 +218,29 @@ def _backward_fake(
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
+    document_start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, ctx.scale, ctx.dropout_p, seed = inputs
-    ctx.save_for_backward(q, k, v, *output, seed)
+    q, k, v, ctx.scale, ctx.dropout_p, seed, document_start = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse, seed, document_start)
+    ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, grad_lse):  # type: ignore[no-untyped-def]
     if grad is None:
-        return None, None, None, None, None, None
-    q, k, v, out, lse, seed = ctx.saved_tensors
-    grads = torch.ops.pygpt.causal_attention_backward.default(grad, q, k, v, out, lse, ctx.scale, ctx.dropout_p, seed)
-    return *grads, None, None, None
-
-
-class _Eager(torch.autograd.Function):
-    """The registered formula called directly: 20 us less per call, which counts at small shapes."""
-
-    @staticmethod
-    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
-        output = torch.ops.pygpt.causal_attention_forward.default(*inputs)
-        _setup(ctx, inputs, output)
-        return output[0]
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return _backward(ctx, grad, None)
+        return None, None, None, None, None, None, None
+    *saved, seed, document_start = ctx.saved_tensors
+    grads = torch.ops.pygpt.causal_attention_backward.default(
+        grad, *saved, ctx.scale, ctx.dropout_p, seed, document_start
+    )
+    return *grads, None, None, None, None
 
 
 if backends.extension is not None:
-    torch.library.register_fake("pygpt::causal_attention_forward", _forward_fake)
     torch.library.register_fake("pygpt::causal_attention_backward", _backward_fake)
-    torch.library.register_autograd("pygpt::causal_attention_forward", _backward, setup_context=_setup)
+    _causal_attention = differentiable("causal_attention_forward", _forward_fake, _setup, _backward)

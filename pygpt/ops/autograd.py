@@ -8,6 +8,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pygpt.errors import PygptError
+
+EAGER = (
+    'run the forward pass under pygpt.use_backend("eager"); attention needs torch.nn.attention.sdpa_kernel'
+    "(torch.nn.attention.SDPBackend.MATH) there as well"
+)
+
+
+class _Refuse(torch.autograd.Function):
+    """A gradient that depends on `inputs` and cannot be differentiated by them."""
+
+    @staticmethod
+    def forward(ctx: Any, message: str, gradient: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.message = message
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise PygptError(ctx.message)
+
+
+def first_order(name: str, instead: str = EAGER) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates an op's backward formula, of operators without a formula of their own: differentiating its results is an
+    error that says what to do `instead`. The tensors that the results depend on must be saved for backward.
+
+    torch's `once_differentiable` leaves a second derivative silently without these terms where the incoming gradient is a
+    constant, as the one of a sum is."""
+    message = f"{name} has no second derivative; for one, {instead}"
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(ctx: Any, *grads: Any) -> Any:
+            if not torch.is_grad_enabled():  # enabled: somebody asked for create_graph=True
+                return backward(ctx, *grads)
+            with torch.no_grad():
+                results = backward(ctx, *grads)
+            inputs = [t for t in (*ctx.saved_tensors, *grads) if isinstance(t, Tensor) and t.requires_grad]
+            if not inputs:
+                return results
+            if isinstance(results, Tensor):
+                return _Refuse.apply(message, results, *inputs)
+            return tuple(_Refuse.apply(message, r, *inputs) if isinstance(r, Tensor) else r for r in results)
+
+        return run
+
+    return decorate
+
 
 def differentiable(
     name: str, fake: Callable[..., Any], setup: Callable[..., None], backward: Callable[..., Any]
@@ -19,6 +65,7 @@ def differentiable(
     with a `torch.autograd.Function`: the generic formula costs several microseconds more in each call, as much as the
     whole arithmetic of a small layer.
     """
+    backward = first_order(f"the compiled {name.removesuffix('_forward')}")(backward)
     torch.library.register_fake(f"pygpt::{name}", fake)
     torch.library.register_autograd(f"pygpt::{name}", backward, setup_context=setup)
     op = getattr(torch.ops.pygpt, name).default

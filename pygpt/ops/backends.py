@@ -3,7 +3,8 @@
 A *backend* is a column of the grid: `eager` (the reference in plain PyTorch, always there), `cpp` (compiled CPU kernels,
 `pygpt._C`), `cuda` (compiled CUDA kernels, `pygpt._cuda`), `triton` (`pygpt.kernels`). By default each op takes the
 first backend of its device's order that has a kernel for the dtype, else `eager`; on a GPU the order is what measured
-fastest there (choices.py). `use_backend` or the variable
+fastest there (choices.py). Under forward-mode differentiation and torch.func's transforms, for which the kernels
+have no formula, ops run the reference. `use_backend` or the variable
 PYGPT_BACKEND force one: then a dtype or device it cannot serve is an error, never a silent fallback, and only ops that
 have no kernel in that column at all still run the reference.
 """
@@ -12,12 +13,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import os
 import warnings
 from dataclasses import dataclass, replace
 from types import ModuleType, TracebackType
 
 import torch
+from torch.autograd import forward_ad as _forward_ad
 
 from pygpt.errors import InputError
 from pygpt.ops import choices
@@ -25,6 +28,8 @@ from pygpt.ops import choices
 BACKENDS = ("eager", "cpp", "cuda", "triton")
 CPU_ORDER = ("cpp", "eager")
 MINIMUM_CUDA_CAPABILITY = (8, 0)
+# Elements below which a call of torch's own layer_norm costs less than our kernel saves (measured: bench/LOG.md).
+SMALL = 65536
 # The Triton kernels take any of these dtypes, so that their column is one line here instead of one in every op.
 TRITON_OPS = frozenset(
     {"embedding", "layer_norm", "add_layer_norm", "causal_attention", "gelu", "linear_cross_entropy"}
@@ -103,6 +108,8 @@ _columns: dict[str, Column] = {
 _kernels: dict[str, dict[str, frozenset[torch.dtype]]] = {}  # op -> backend -> dtypes
 _forced: str | None = None
 _environment = os.environ.get("PYGPT_BACKEND")  # looked at when it first matters: `import pygpt` never fails for it
+_is_compiling = torch.compiler.is_compiling
+_in_torch_func = torch._C._are_functorch_transforms_active  # as torch.autograd.Function asks it
 _chosen: dict[tuple[str, str, torch.dtype, str | None], str] = {}
 
 
@@ -161,14 +168,34 @@ def ready(backend: str) -> bool:
 
 
 def problem(backend: str) -> str:
-    """Why a backend cannot run on this machine; empty where it can."""
+    """Why a backend cannot run on this machine; empty where it can. Raises InputError for a bad PYGPT_CPU_CAPABILITY."""
     if backend == "cuda" and not _columns[backend].problem:
         return _cuda_device_problem()
+    if backend == "cpp" and extension is not None:
+        cpu_capability()
     return _column(backend).problem
+
+
+def cpu_capability() -> str:
+    """Instruction set of the compiled CPU kernels. Raises InputError if PYGPT_CPU_CAPABILITY names none of this machine."""
+    assert extension is not None
+    try:
+        return str(extension.cpu_capability())
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def choose(op: str, x: torch.Tensor) -> str:
     """Name of the backend that answers `op` for tensors like `x`. Raises InputError where a forced one cannot."""
+    if needs_reference():
+        if forced() in _kernels[op]:
+            raise InputError(
+                f"{op}: backend '{_forced}' was asked for and has no formula for forward-mode differentiation or torch.func; "
+                f"drop use_backend / PYGPT_BACKEND there"
+            )
+        return "eager"
+    if _is_compiling():  # a graph would be guarded on the cache, and compiled again as soon as anyone adds to it
+        return _resolve(op, x.device.type, x.dtype, forced())
     key = (op, x.device.type, x.dtype, _forced)
     backend = _chosen.get(key)
     if backend is None:
@@ -176,6 +203,19 @@ def choose(op: str, x: torch.Tensor) -> str:
         key = (op, x.device.type, x.dtype, _forced)
         backend = _chosen[key] = _resolve(*key)
     return backend
+
+
+def needs_reference() -> bool:
+    """Whether forward-mode differentiation or a transform of torch.func is at work, which kernels have no formula for."""
+    return _forward_ad._current_level >= 0 or _in_torch_func()
+
+
+def automatic_on_cpu(x: torch.Tensor, fewer_than: float = math.inf) -> bool:
+    """Whether an op may hand the CPU tensor x, of 1 or more elements, to torch's own op where that measured faster: not
+    where a backend is forced, nor while compiling. An op that does so says when in its docstring."""
+    if _is_compiling() or _forced is not None or _environment is not None:
+        return False  # asking a compiler for the number of elements would tie the result to it
+    return x.is_cpu and 0 < x.numel() < fewer_than
 
 
 def _resolve(op: str, device: str, dtype: torch.dtype, forced: str | None) -> str:
@@ -243,6 +283,8 @@ def use_backend(name: str | None) -> _Restore:
 
 def _apply_environment() -> None:
     global _environment
+    if _environment is None:  # not set again: older compilers refuse to trace that
+        return
     name, _environment = _environment, None
     if name:
         use_backend(name)
@@ -287,6 +329,8 @@ def _in_use(op: str, device: str) -> str:
     try:
         return _resolve(op, device, torch.float32, _forced)
     except InputError:
+        if _forced is None:  # a bad PYGPT_CPU_CAPABILITY
+            raise
         return f"error ({_forced} forced)"
 
 
@@ -334,5 +378,5 @@ def build_info() -> dict[str, str]:
         return info | {"compiled kernels": f"none: {_cpp_problem}"}
     return info | {
         "compiled kernels": f"pygpt._C {extension.version}, built with torch {extension.built_with_torch}",
-        "CPU capability": f"{extension.cpu_capability()} (of {', '.join(extension.available_cpu_capabilities())})",
+        "CPU capability": f"{cpu_capability()} (of {', '.join(extension.available_cpu_capabilities())})",
     }

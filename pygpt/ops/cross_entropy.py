@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pygpt.errors import InputError, InputTypeError
 from pygpt.ops import backends
+from pygpt.ops.autograd import first_order
 from pygpt.ops.checks import check_device
 from pygpt.ops.linear import matmul_nt
 
@@ -37,12 +38,15 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
 
     hidden: (N, C) and weight: (V, C), floating point, one dtype. targets: (N,) int64, each in [0, V) or `ignore_index`.
     Returns a float32 scalar (float64 for float64): the mean over targets that are not ignored, NaN when all are. Once
-    differentiable. Raises InputError for shapes, devices and targets out of range, InputTypeError for dtypes.
+    differentiable. In forward mode and under torch.func's transforms it is the reference, with the whole logits in memory.
+    Raises InputError for shapes, devices and targets out of range, InputTypeError for dtypes.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     _check(hidden, weight, targets, ignore_index)
+    if backends.needs_reference():
+        return linear_cross_entropy_reference(hidden, weight, targets, ignore_index)
     return _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index)
 
 
@@ -61,7 +65,8 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -
     if targets.dtype != torch.int64:
         raise InputTypeError(f"{op}: targets are {targets.dtype}; they must be int64")
     check_device(op, hidden, weight=weight, targets=targets)
-    if targets.device.type == "cpu" and targets.numel() and not torch.compiler.is_compiling():
+    hidden_values = torch.compiler.is_compiling() or backends.needs_reference()  # under vmap nobody may look at them
+    if targets.device.type == "cpu" and targets.numel() and not hidden_values:
         # On a GPU the check would stop the stream; there the gather below asserts.
         wrong = ((targets < 0) & (targets != ignore_index)) | (targets >= weight.shape[0])
         if wrong.any():
@@ -81,15 +86,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 from pygpt.kernels.cross_entropy import linear_cross_entropy as kernel  # imports Triton
 
                 loss, *grads = kernel(hidden, weight, targets, ignore_index, need_hidden, need_weight)
-                ctx.save_for_backward(*grads)
+                ctx.save_for_backward(*grads, hidden, weight)
                 return loss
             valid = targets != ignore_index
             count = valid.sum()
             safe = targets.where(valid, 0).unsqueeze(1)  # an ignored row takes part with weight 0
-            row_weight = (valid / count.clamp(min=1)).to(hidden.dtype).unsqueeze(1)
             grad_hidden = torch.empty_like(hidden) if need_hidden else None
             grad_weight = torch.zeros_like(weight) if need_weight else None
             total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+            row_weight = (valid.to(total.dtype) / count.clamp(min=1)).to(hidden.dtype).unsqueeze(1)
             rows = max(16, CHUNK_BYTES // (4 * max(weight.shape[0], 1)))
             for start in range(0, hidden.shape[0], rows):
                 part = slice(start, start + rows)
@@ -105,13 +110,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     torch.mul(matmul_nt(grad_logits, weight.t()), row_weight[part], out=grad_hidden[part])
                 if grad_weight is not None:
                     grad_weight.addmm_(grad_logits.t(), hidden[part] * row_weight[part])
-            ctx.save_for_backward(grad_hidden, grad_weight)
+            ctx.save_for_backward(grad_hidden, grad_weight, hidden, weight)  # the inputs for `first_order` alone
             return total / count
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("linear_cross_entropy", "call linear_cross_entropy_reference of pygpt.ops.cross_entropy")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_hidden, grad_weight, *_ = ctx.saved_tensors
         # The usual upstream gradient is exactly 1; looking is free on a CPU and would stop the stream on a GPU.
         if torch.compiler.is_compiling() or grad.device.type != "cpu" or grad.item() != 1.0:
             grad_hidden = None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype)

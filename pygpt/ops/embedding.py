@@ -11,7 +11,7 @@ from pygpt.ops import backends
 from pygpt.ops.autograd import differentiable
 from pygpt.ops.checks import check_device
 
-backends.register("embedding", cpp=(torch.float32, torch.bfloat16))
+backends.register("embedding", cpp=(torch.float32, torch.bfloat16), cuda=(torch.float32, torch.bfloat16, torch.float16))
 
 
 def embedding_reference(
@@ -36,7 +36,20 @@ def embedding(
     Raises InputError (a ValueError) for shapes, devices, a token id outside 0 .. V - 1 and a sequence that reaches beyond
     position P - 1; InputTypeError (a TypeError) for dtypes. On a CUDA device a bad token id is a device-side assertion of
     torch, because a check would make the host wait for the device.
+
+    Without positions and gradients it is a plain gather, which is torch's own unless a backend is forced.
     """
+    if (
+        position_table is None
+        and idx.dim() == 2
+        and not (token_table.requires_grad and torch.is_grad_enabled())
+        and token_table.is_floating_point()
+        and backends.automatic_on_cpu(token_table)
+    ):
+        try:
+            return torch.embedding(token_table, idx)
+        except (IndexError, RuntimeError, TypeError):  # the checks below name what was wrong
+            pass
     idx = _check(idx, position_offset, "token_table", token_table, "position_table", position_table)
     try:
         if backends.choose("embedding", token_table) == "eager":

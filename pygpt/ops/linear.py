@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pygpt.ops import backends
+from pygpt.ops.autograd import first_order
 
 MIN_ROWS = 16  # fewer rows are a matter of memory bandwidth, which MKL uses as well
 
@@ -70,7 +71,7 @@ class _Linear(torch.autograd.Function):
         return _onednn(x, weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("the oneDNN linear")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         rows, x_rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])  # (M, N), (M, K)

@@ -3,7 +3,8 @@
     RUN/checkpoints/step_00001000/
         config.json, model.safetensors     the model, as `GPT.save_pretrained` writes it
         pygpt_tokenizer.json               what its token ids mean
-        training.safetensors               optimizer state and states of the random generators
+        training.safetensors               optimizer state, states of the random generators, and for a model with LoRA
+                                           adapters its weights before merging
         training.json                      step and settings
 
 A checkpoint is written under a temporary name, flushed to disk and renamed: under its final name it is complete.
@@ -13,59 +14,47 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pygpt.errors import InputError, MissingFileError
+from pygpt.classifier import Classifier
+from pygpt.errors import InputError, MissingFileError, PygptError
 from pygpt.model import GPT
-from pygpt.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer, load_tokenizer
+from pygpt.pretrained import checkpoint_tokenizer, checkpoints
+from pygpt.pretrained import resolve_checkpoint as resolve_checkpoint  # exported: it belongs here as well
+from pygpt.tokenizer import Tokenizer
+from pygpt.train.lora import has_lora, merged
 
-NAME = re.compile(r"step_(\d{8,})")
 TEMPORARY, OLD = ".tmp-", ".old-"
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    found = {path: NAME.fullmatch(path.name) for path in (run / "checkpoints").glob("step_*") if path.is_dir()}
-    return sorted(
-        (path for path, match in found.items() if match), key=lambda path: int(path.name.removeprefix("step_"))
-    )
+class NotWrittenError(PygptError):
+    """A checkpoint could not be written."""
 
 
-def resolve_checkpoint(path: str | Path) -> Path:
-    """The model folder that a user means: the folder itself, or a run's latest checkpoint."""
-    folder = Path(path)
-    if (folder / "config.json").is_file():
-        return folder
-    found = checkpoints(folder)
-    if found:
-        return found[-1]
-    if not folder.exists():
-        raise MissingFileError(f"no run or model at '{path}'")
-    raise MissingFileError(f"'{path}' holds neither a model (config.json) nor a checkpoint (checkpoints/step_*)")
+class Saved(Protocol):
+    """What is saved beside a model: a tokenizer, a template."""
 
-
-def checkpoint_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
-    """The tokenizer of a model folder. One without its file that has GPT-2's vocabulary, padded or not, is taken for
-    GPT-2's, as downloaded from Hugging Face; for any other None is returned."""
-    if (folder / TOKENIZER_FILE).is_file():
-        return load_tokenizer(folder)
-    return get_tokenizer("gpt2") if vocab_size in (50257, 50304) else None
+    def save(self, folder: Path) -> Path: ...
 
 
 def check_vocabulary(folder: Path, vocab_size: int, data_tokenizer: Tokenizer | None, data_vocab_size: int) -> None:
     """Raise InputError unless token ids mean the same to the model in `folder` as in the data."""
     ours = checkpoint_tokenizer(folder, vocab_size)
     if vocab_size < data_vocab_size or (ours and data_tokenizer and ours.to_dict() != data_tokenizer.to_dict()):
+        if ours and data_tokenizer and (ours.name, vocab_size) == (data_tokenizer.name, data_vocab_size):
+            raise InputError(
+                f"the data has another vocabulary than the model in '{folder}': as many tokens ({vocab_size}), but other "
+                f"characters; prepare the text with the model's tokenizer, or train a new model"
+            )
         names = [f"'{tokenizer.name}', " if tokenizer else "" for tokenizer in (data_tokenizer, ours)]
         raise InputError(
             f"the data has another vocabulary ({names[0]}{data_vocab_size} tokens) than the model in '{folder}' "
@@ -76,16 +65,17 @@ def check_vocabulary(folder: Path, vocab_size: int, data_tokenizer: Tokenizer | 
 def save_checkpoint(
     run: Path,
     step: int,
-    model: GPT,
+    model: GPT | Classifier,
     optimizer: torch.optim.Optimizer,
-    tokenizer: Tokenizer | None,
+    beside: Sequence[Saved],
     settings: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write the state after `step` steps, then delete all but the newest `keep` checkpoints."""
+    """Write the state after `step` steps, then delete all but the newest `keep` checkpoints. beside: what else belongs to
+    the model."""
     final = run / "checkpoints" / f"step_{step:08d}"
     with _written_as(final) as folder:
-        _save_model(folder, model, tokenizer)
+        _save_model(folder, model, beside)
         save_file(_tensors(model, optimizer), folder / "training.safetensors")
         training = {"step": step, "settings": settings}
         (folder / "training.json").write_text(json.dumps(training, indent=2) + "\n", encoding="utf-8")
@@ -94,11 +84,11 @@ def save_checkpoint(
     return final
 
 
-def save_best(run: Path, model: GPT, tokenizer: Tokenizer | None) -> Path:
+def save_best(run: Path, model: GPT | Classifier, beside: Sequence[Saved]) -> Path:
     """Write the model alone to RUN/checkpoints/best: the one with the lowest validation loss so far."""
     final = run / "checkpoints" / "best"
     with _written_as(final) as folder:
-        _save_model(folder, model, tokenizer)
+        _save_model(folder, model, beside)
     return final
 
 
@@ -111,28 +101,42 @@ def remove_leftovers(run: Path) -> None:
             shutil.rmtree(folder)
 
 
-def _save_model(folder: Path, model: GPT, tokenizer: Tokenizer | None) -> None:
-    model.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save(folder)
+def _save_model(folder: Path, model: GPT | Classifier, beside: Sequence[Saved]) -> None:
+    with merged(model):
+        model.save_pretrained(folder)
+    for part in beside:
+        part.save(folder)
 
 
 @contextmanager
 def _written_as(final: Path) -> Iterator[Path]:
-    """A temporary folder which, once written and flushed to disk, takes the place of `final`."""
+    """A temporary folder which, once written and flushed to disk, takes the place of `final`. Raises NotWrittenError, with
+    the temporary folder removed, where the disk is full or cannot be written to."""
     temporary, old = final.with_name(TEMPORARY + final.name), final.with_name(OLD + final.name)
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
-    yield temporary
-    for path in [*temporary.iterdir(), temporary]:
-        _flush(path)
-    if final.exists():  # a folder cannot be renamed onto another one
-        os.replace(final, old)
-    os.replace(temporary, final)
-    _flush(final.parent)
-    if old.exists():
-        shutil.rmtree(old)
+    try:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in [*temporary.iterdir(), temporary]:
+            _flush(path)
+        if final.exists():  # a folder cannot be renamed onto another one
+            os.replace(final, old)
+        os.replace(temporary, final)
+        _flush(final.parent)
+        if old.exists():
+            shutil.rmtree(old)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise NotWrittenError(
+            f"'{final}' could not be written ({error}); {last_checkpoint(final.parent.parent)}"
+        ) from error
+
+
+def last_checkpoint(run: Path) -> str:
+    """Where a run that failed can be resumed from, for its message."""
+    saved = checkpoints(run)
+    return f"the last good checkpoint is '{saved[-1]}'" if saved else "no checkpoint was written yet"
 
 
 def _flush(path: Path) -> None:
@@ -152,10 +156,13 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def load_checkpoint(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> int:
+def load_checkpoint(folder: Path, model: GPT | Classifier, optimizer: torch.optim.Optimizer) -> int:
     """Put optimizer and random generators back as they were; returns the number of steps done. The model's weights are
-    those of `GPT.from_pretrained(folder)`, which the caller has loaded."""
+    those of `GPT.from_pretrained(folder)`, which the caller has loaded. If there are LoRA adapters on it, so are they
+    and the weights under them."""
     state = _read(folder)
+    if has_lora(model):
+        _load_unmerged(folder, model, state)
     for name, p in model.named_parameters():
         prefix = f"optimizer/{name}/"
         values = {key.removeprefix(prefix): state.pop(key) for key in list(state) if key.startswith(prefix)}
@@ -171,6 +178,17 @@ def load_checkpoint(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) 
     return read_training(folder)["step"]
 
 
+def _load_unmerged(folder: Path, model: torch.nn.Module, state: dict[str, Tensor]) -> None:
+    """The weights of a model with adapters, whose model folder holds them merged: that addition cannot be undone exactly."""
+    for name, p in model.named_parameters():
+        saved = state.pop(f"model/{name}", None)
+        if saved is None or saved.shape != p.shape:
+            raise InputError(
+                f"'{folder}' was not written with the LoRA adapters that the model has: use the same settings"
+            )
+        p.data.copy_(saved)
+
+
 def read_training(folder: Path) -> dict[str, Any]:
     """training.json of a checkpoint."""
     file = folder / "training.json"
@@ -179,9 +197,13 @@ def read_training(folder: Path) -> dict[str, Any]:
             f"'{folder}' is a model, not a checkpoint of a run (no training.json); it cannot be resumed"
         )
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        training = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"'{file}' is damaged ({error})") from error
+    known = isinstance(training, dict) and isinstance(training.get("settings"), dict)
+    if not known or not isinstance(training.get("step"), int):
+        raise InputError(f"'{file}' is damaged: it lacks the step or the settings of the run")
+    return training
 
 
 def _read(folder: Path) -> dict[str, Tensor]:
@@ -196,10 +218,12 @@ def _read(folder: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _tensors(model: GPT | Classifier, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     tensors = {"rng/cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
+    if has_lora(model):  # what the model folder holds is merged
+        tensors |= {f"model/{name}": p.detach().contiguous() for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
         for key, value in optimizer.state.get(p, {}).items():
             tensors[f"optimizer/{name}/{key}"] = value.contiguous()

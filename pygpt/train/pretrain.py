@@ -5,25 +5,28 @@ pygpt pretrain --data data/stdlib --out runs/mine
 
 from __future__ import annotations
 
-import shutil
+import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from pygpt.data import PrepareConfig, RandomOffsets, SlidingWindows, TokenFile, load_tokens, prepare
-from pygpt.errors import InputError, MissingFileError
+from pygpt.errors import InputError
 from pygpt.model import GPT, PRESETS, GPTConfig
 from pygpt.tokenizer import TOKENIZER_FILE, Tokenizer, encode_prompt, load_tokenizer
 from pygpt.train.checkpoint import check_vocabulary, checkpoints, resolve_checkpoint
-from pygpt.train.metrics import holds_run
-from pygpt.train.trainer import TrainConfig, Trainer, check_resumable
+from pygpt.train.metrics import DATASET_FILE, check_same_data, write_json
+from pygpt.train.trainer import TrainConfig, Trainer, check_run, remove_run
+from pygpt.word2vec import init_embeddings
 
+BLOCK, BLOCKS = 1 << 20, 64
 SMALL = {"n_layer": 6, "n_head": 6, "n_embd": 192, "block_size": 128}
 
 
@@ -41,6 +44,9 @@ class PretrainConfig(TrainConfig):
     """Delete what an earlier run left in OUT."""
     init_from: Path | None = None
     """Start from the weights of this run or model folder, which then decides the model's sizes."""
+    init_embeddings: Path | None = None
+    """Start the token embedding from the vectors in this file (word2vec's text format, dimension n_embd): those of
+    tokens that are in it, scaled to the size of the random ones they replace."""
     preset: str | None = None
     """A named size, e.g. gpt2 or gpt3-350m. The settings from n_layer to bias change single values of it."""
     n_layer: int | None = None
@@ -97,19 +103,28 @@ class PretrainConfig(TrainConfig):
 
 # What may differ between a run and its continuation: how long, how often, where - not what is computed per step.
 CHANGEABLE = (
-    "steps", "resume", "overwrite", "out", "data", "eval_every", "sample_every", "checkpoint_every", "keep", "log_every",
-    "peak_tflops", "eval_batches", "prompt", "sample_tokens", "device", "compile",
+    "steps", "resume", "overwrite", "out", "data", "eval_every", "patience", "sample_every", "checkpoint_every", "keep",
+    "log_every", "peak_tflops", "eval_batches", "prompt", "sample_tokens", "device", "compile",
 )  # fmt: skip
 
 
 def pretrain(config: PretrainConfig, console: Console | None = None) -> Path:
     """Train as configured; returns the run's folder. Raises PygptError for settings, data or files that do not fit."""
     console = console or Console()
-    latest = _check_run(config)
+    latest = check_run(config, config.out, config.resume, config.overwrite, CHANGEABLE)
     data = config.data or _embedded_corpus(config.out / "data", console)
     train, val, tokenizer, vocab_size = load_data(data, console)
     torch.manual_seed(config.seed)
     model = _model(config, latest, tokenizer, vocab_size)
+    tell = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    if config.init_embeddings is not None and latest is None:
+        if tokenizer is None:
+            raise InputError(f"init_embeddings needs to know the text of each token: '{data}' has no {TOKENIZER_FILE}")
+        matched = init_embeddings(model, tokenizer, config.init_embeddings)
+        tell(f"{matched:,} of {tokenizer.vocab_size:,} tokens start from their vectors in {config.init_embeddings}")
+    digest = fingerprint(train, val)
+    if latest is not None:
+        check_same_data(config.out, digest)
     block_size = model.config.block_size
     _check_length(train, block_size)
     _check_length(val, block_size)
@@ -129,12 +144,26 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Path:
     if config.overwrite:
         remove_run(config.out)
     size = f"{model.get_num_params(non_embedding=False) / 1e6:.1f}M parameters"
-    tell = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     tell(f"{size} on {trainer.device} in {config.dtype}; {len(train):,} training tokens; run folder {config.out}")
+    report = {"train_tokens": len(train), "val_tokens": len(val), "sha256": digest}
+    write_json(config.out / DATASET_FILE, report)
     trainer.train()
     if checkpoints(config.out):
         tell(f"latest checkpoint {checkpoints(config.out)[-1]}; to see what it writes: pygpt generate {config.out}")
     return config.out
+
+
+def fingerprint(*files: TokenFile) -> str:
+    """A SHA-256 by which token files are known again, wherever they are: of all of a file up to 64 MiB, of a longer one's
+    size and 64 blocks of 1 MiB, the first and the last among them."""
+    digest = hashlib.sha256()
+    for file in files:
+        data = file.tokens.view(np.uint8)
+        digest.update(f"{file.tokens.dtype} {data.size} ".encode())
+        starts = np.linspace(0, data.size - BLOCK, BLOCKS).astype(np.int64) if data.size > BLOCK * BLOCKS else [0]
+        for start in starts:
+            digest.update(data[start : start + BLOCK if len(starts) > 1 else None].data)
+    return digest.hexdigest()
 
 
 def _mean_loss(model: GPT, batch: Callable[[int], tuple[Tensor, Tensor]], batches: int) -> float:
@@ -179,42 +208,14 @@ def load_data(folder: Path, console: Console) -> tuple[TokenFile, TokenFile, Tok
     return train, val, tokenizer, vocab_size
 
 
-def _check_run(config: PretrainConfig) -> Path | None:
-    """The checkpoint to resume from, if any. What is in OUT is never overwritten unasked."""
-    found = checkpoints(config.out)
-    if config.resume:
-        if not found:
-            raise MissingFileError(f"nothing to resume: '{config.out}' has no checkpoint (checkpoints/step_*)")
-        check_resumable(found[-1], config, CHANGEABLE)
-        return found[-1]
-    if holds_run(config.out) and not config.overwrite:
-        raise InputError(
-            f"'{config.out}' holds an earlier run; go on with it (--resume), delete it (--overwrite) or choose another --out"
-        )
-    return None
-
-
-def remove_run(run: Path) -> None:
-    """Delete what an earlier run wrote into its folder, and nothing else."""
-    for name in ("checkpoints", "tensorboard"):
-        if (run / name).exists():
-            shutil.rmtree(run / name)
-    for name in ("metrics.jsonl", "loss.png"):
-        (run / name).unlink(missing_ok=True)
-
-
 def _model(config: PretrainConfig, latest: Path | None, tokenizer: Tokenizer | None, vocab_size: int) -> GPT:
     source = latest or (resolve_checkpoint(config.init_from) if config.init_from else None)
     if source is None:
         return GPT(config.model_config(vocab_size))
-    model = GPT.from_pretrained(source)
+    model = GPT.from_pretrained(source, config.dropout if latest is None else None)
     check_vocabulary(source, model.config.vocab_size, tokenizer, vocab_size)
     if latest is None and config.block_size is not None:
         model.crop_block_size(config.block_size)
-    if latest is None and config.dropout is not None:
-        trained = model.state_dict()
-        model = GPT(replace(model.config, dropout=config.dropout))
-        model.load_state_dict(trained)
     return model
 
 

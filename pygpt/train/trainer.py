@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -21,27 +22,43 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from pygpt.errors import InputError, PygptError
+from pygpt.classifier import Classifier
+from pygpt.data.instructions import Template
+from pygpt.errors import InputError, MissingFileError, PygptError
 from pygpt.model import GPT
 from pygpt.optim import build_optimizer, clip_grad_norm, cosine_with_warmup
 from pygpt.peaks import peak_flops
 from pygpt.tokenizer import Tokenizer
 from pygpt.train.checkpoint import (
     checkpoints,
+    last_checkpoint,
     load_checkpoint,
     read_training,
     remove_leftovers,
     save_best,
     save_checkpoint,
 )
-from pygpt.train.metrics import Metrics, best_validation_loss, holds_run, plot_loss, progress_bar
+from pygpt.train.metrics import (
+    Metrics,
+    best_validation_loss,
+    evaluations_since_best,
+    holds_run,
+    plot_loss,
+    progress_bar,
+    read_metrics,
+)
 
 Batch = tuple[Tensor, ...]
+MAX_SEED = 2**63 - 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class DivergedError(PygptError):
     """The loss is no longer a finite number."""
+
+
+class _StopRequestedError(Exception):
+    """Leaves an evaluation or a sample that Ctrl-C came in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +91,8 @@ class TrainConfig:
     """Decides initial weights, batches and dropout."""
     eval_every: int = 250
     """Steps between evaluations; 0: only at the end."""
+    patience: int = 0
+    """Evaluations in a row without a lower validation loss after which training stops; 0: it never stops early."""
     sample_every: int = 0
     """Steps between samples of the model; 0: only at the end."""
     checkpoint_every: int = 500
@@ -90,13 +109,15 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         at_least_0 = ("learning_rate", "min_learning_rate", "warmup", "weight_decay", "grad_clip", "seed")
-        for name in (*at_least_0, "eval_every", "sample_every", "checkpoint_every"):
+        for name in (*at_least_0, "eval_every", "patience", "sample_every", "checkpoint_every"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"betas must be at least 0 and below 1, got {self.betas}")
         if self.peak_tflops is not None and not self.peak_tflops > 0:
             raise InputError(f"peak_tflops must be above 0, got {self.peak_tflops}")
+        if self.seed > MAX_SEED:
+            raise InputError(f"seed must be at most 2**63 - 1, got {self.seed}")
         if self.dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got '{self.dtype}'")
 
@@ -107,7 +128,7 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # meta has tensors, but no numbers in them
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"device '{name}' cannot be used here: {reason}; try --device cpu") from error
@@ -117,36 +138,42 @@ def resolve_device(name: str) -> torch.device:
 class Trainer:
     """Trains `model` on batch(0), batch(1), ... and writes everything about it into the folder `run`.
 
-    model: moved to the configured device and dtype, in place. batch: micro-step -> tensors (a pure function, so that a
-    resumed run sees the same batches), the last of them the targets, of which negative ones are ignored. The loss is
-    model(*tensors)[1], a mean over targets, unless `loss_fn(model, tensors)` is given. evaluate: model -> validation loss.
-    sample: model -> text to show. tokenizer: saved with each checkpoint.
+    model: moved to the configured device and dtype, in place; parameters that need no gradient stay as they are.
+    batch: micro-step -> tensors (a pure function, so that a resumed run sees the same batches), the last of them the
+    targets, of which negative ones are ignored. The loss is model(*tensors)[1], a mean over targets, unless
+    `loss_fn(model, tensors)` is given. evaluate: model -> validation loss, or {"val_loss": ..., ...} with other figures to
+    write down. sample: model -> text to show. tokenizer, template: saved with each checkpoint.
     """
 
     def __init__(
         self,
-        model: GPT,
+        model: GPT | Classifier,
         batch: Callable[[int], Batch],
         config: TrainConfig,
         run: Path,
         *,
         loss_fn: Callable[[Any, Batch], Tensor] = lambda model, tensors: model(*tensors)[1],
-        evaluate: Callable[[GPT], float] | None = None,
-        sample: Callable[[GPT], str] | None = None,
+        evaluate: Callable[[Any], float | dict[str, float]] | None = None,
+        sample: Callable[[Any], str] | None = None,
         tokenizer: Tokenizer | None = None,
+        template: Template | None = None,
         console: Console | None = None,
     ) -> None:
         self.device = resolve_device(config.device)
         self.model = model.to(self.device, DTYPES[config.dtype]).train()
+        trained = [parameter.requires_grad for parameter in model.parameters()]
+        if not any(trained):
+            raise InputError("nothing to train: every parameter of the model is frozen")
         self.config, self.run, self.batch, self.loss_fn = config, Path(run), batch, loss_fn
-        self.evaluate, self.sample, self.tokenizer = evaluate, sample, tokenizer
+        self.evaluate, self.sample = evaluate, sample
+        self.beside = [part for part in (tokenizer, template) if part is not None]
         self.console = console or Console()
         self.optimizer = build_optimizer(
             self.model, weight_decay=config.weight_decay, learning_rate=config.learning_rate, betas=config.betas
         )
         self.forward: Any = torch.compile(self.model) if config.compile else self.model
         peak = 1e12 * config.peak_tflops if config.peak_tflops else peak_flops(self.device, DTYPES[config.dtype])
-        self.peak_flops = peak
+        self.peak_flops = peak if all(trained) else None  # MFU is about training all weights
         self.step = 0
         self.stop_requested = False
         self._unlogged: list[
@@ -157,13 +184,15 @@ class Trainer:
     def resume(self, checkpoint: Path) -> None:
         """Go on where `checkpoint` stood: its optimizer, random generators and step. The model must hold its weights."""
         self.step = load_checkpoint(checkpoint, self.model, self.optimizer)
-        if self.step >= self.config.steps:
+        beyond = self.step - self.config.steps
+        if beyond > 0 or (beyond == 0 and not self._lacks_evaluation()):
             raise InputError(
                 f"'{checkpoint}' is already at step {self.step} of {self.config.steps}; ask for more --steps"
             )
 
     def train(self) -> float:
-        """Run the steps that are left; returns the last training loss. Ctrl-C saves a checkpoint and returns early."""
+        """Run the steps that are left; returns the last training loss. Ctrl-C, or validation that no longer gets better
+        (`patience`), saves a checkpoint and returns early."""
         if self.step == 0 and holds_run(self.run):
             raise InputError(
                 f"'{self.run}' holds an earlier run, which would be overwritten; resume it or take another folder"
@@ -171,15 +200,15 @@ class Trainer:
         config, loss = self.config, math.nan
         remove_leftovers(self.run)
         with (
+            stop_on_signal(self),  # first: opening the metrics imports TensorBoard, which takes its time
             Metrics(self.run, self.step, self.console) as metrics,
-            stop_on_signal(self),
             progress_bar(self.console) as bar,
         ):
             task = bar.add_task("training", total=config.steps, completed=self.step, status="")
-            if self.step == 0:
+            if self.step == 0 or self._lacks_evaluation():
                 self._evaluate(metrics)
             self._since = time.perf_counter()
-            stop = self.stop_requested
+            stop = self.stop_requested or self._out_of_patience()
             while self.step < config.steps and not stop:
                 self._unlogged.append(self._train_step())
                 self.step += 1
@@ -193,12 +222,22 @@ class Trainer:
                 if save:
                     self.save()
                 if self._due(config.eval_every):
-                    self._evaluate(metrics)
+                    complete = self._evaluate(metrics)
+                    if not complete or (self._out_of_patience() and not stop):
+                        stop = True
+                        if not save:
+                            self.save()
                 if self._due(config.sample_every) and not stop:
                     self._show_sample()
                 self._since += time.perf_counter() - pause  # none of this counts as training time
         plot_loss(self.run, self.console)
-        if self.step < config.steps:
+        if self._out_of_patience():
+            self.console.print(
+                f"stopped after step {self.step}: {config.patience} evaluations in a row without a lower validation loss"
+            )
+        elif self.step == 0:
+            self.console.print("stopped before the first step: nothing was saved")
+        elif self.step < config.steps or self._lacks_evaluation():
             self.console.print(f"stopped after step {self.step}; the same command with --resume goes on from there")
         return loss
 
@@ -207,9 +246,7 @@ class Trainer:
         settings = {
             key: value if not isinstance(value, Path) else str(value) for key, value in asdict(self.config).items()
         }
-        return save_checkpoint(
-            self.run, self.step, self.model, self.optimizer, self.tokenizer, settings, self.config.keep
-        )
+        return save_checkpoint(self.run, self.step, self.model, self.optimizer, self.beside, settings, self.config.keep)
 
     def _train_step(self) -> tuple[Tensor, Tensor, int]:
         """One optimizer step -> mean loss, gradient norm, number of tokens. Waits for nothing on the device."""
@@ -266,39 +303,68 @@ class Trainer:
         return values
 
     def _raise_diverged(self, step: int, loss: float, norm: float) -> NoReturn:
-        saved = checkpoints(self.run)
-        last = f"the last good checkpoint is '{saved[-1]}'" if saved else "no checkpoint was written yet"
+        plot_loss(self.run, self.console)
         raise DivergedError(
-            f"training diverged: at step {step} the loss is {loss} and the gradient's norm {norm}; {last}. "
-            f"Start again with a lower learning_rate or a longer warmup"
+            f"training diverged: at step {step} the loss is {loss} and the gradient's norm {norm}; "
+            f"{last_checkpoint(self.run)}. Start again with a lower learning_rate or a longer warmup"
         )
 
-    def _evaluate(self, metrics: Metrics) -> None:
+    def _lacks_evaluation(self) -> bool:
+        """Whether the current step is to be evaluated and was not: Ctrl-C or a crash came first."""
+        evaluated = {row["step"] for row in read_metrics(self.run) if "val_loss" in row}
+        return self.evaluate is not None and self._due(self.config.eval_every) and self.step not in evaluated
+
+    def _evaluate(self, metrics: Metrics) -> bool:
+        """Whether it was completed: Ctrl-C ends it, with nothing written down."""
         if self.evaluate is None:
-            return
-        with self._aside():
-            loss = self.evaluate(self.model)
-        is_best = loss < best_validation_loss(self.run)
-        metrics.write(self.step, val_loss=loss)
-        self.console.print(f"step {self.step}: validation loss {loss:.4f}")
+            return True
+        try:
+            with self._aside():
+                found = self.evaluate(self.model)
+        except _StopRequestedError:
+            return False
+        values = found if isinstance(found, dict) else {"val_loss": found}
+        is_best = values["val_loss"] < best_validation_loss(self.run)
+        metrics.write(self.step, **values)
+        figures = ", ".join(
+            f"{name.removeprefix('val_').replace('_', ' ')} {value:.4f}" for name, value in values.items()
+        )
+        self.console.print(f"step {self.step}: validation {figures}")
         if is_best and self.step > 0:
-            save_best(self.run, self.model, self.tokenizer)
+            save_best(self.run, self.model, self.beside)
+        return True
+
+    def _out_of_patience(self) -> bool:
+        return 0 < self.config.patience <= evaluations_since_best(self.run)
 
     def _show_sample(self) -> None:
         if self.sample is None:
             return
-        with self._aside():
-            text = self.sample(self.model)
+        try:
+            with self._aside():
+                text = self.sample(self.model)
+        except _StopRequestedError:
+            return
         self.console.rule(f"sample after step {self.step}")
         self.console.print(text, markup=False, highlight=False)
         self.console.rule()
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
-        """Evaluation mode; random generators are left as they were, so that training draws the same dropout afterwards."""
-        with torch.random.fork_rng(), torch.no_grad():
-            self.model.eval()
-            yield
+        """Evaluation mode; random generators are left as they were, so that training draws the same dropout afterwards.
+        Raises _StopRequestedError where the model is called after Ctrl-C."""
+
+        def check(*_: object) -> None:
+            if self.stop_requested:
+                raise _StopRequestedError
+
+        hook = self.model.transformer.register_forward_pre_hook(check)
+        try:
+            with torch.random.fork_rng(), torch.no_grad():
+                self.model.eval()
+                yield
+        finally:
+            hook.remove()
             self.model.train()
 
 
@@ -340,3 +406,32 @@ def check_resumable(checkpoint: Path, config: TrainConfig, changeable: tuple[str
                 f"cannot resume: {name} was {saved[name]} in '{checkpoint}' and is {value} now; use the same settings, or "
                 f"start a new run with --init-from {checkpoint}"
             )
+
+
+def check_run(
+    config: TrainConfig, run: Path, resume: bool, overwrite: bool, changeable: tuple[str, ...]
+) -> Path | None:
+    """The checkpoint of `run` to resume from, if any. What is in the folder is never overwritten unasked."""
+    file = next((path for path in (run, *run.parents) if path.is_file()), None)
+    if file is not None:
+        raise InputError(f"'{run}' cannot be a run's folder: '{file}' is a file; choose another --out")
+    found = checkpoints(run)
+    if resume:
+        if not found:
+            raise MissingFileError(f"nothing to resume: '{run}' has no checkpoint (checkpoints/step_*)")
+        check_resumable(found[-1], config, changeable)
+        return found[-1]
+    if holds_run(run) and not overwrite:
+        raise InputError(
+            f"'{run}' holds an earlier run; go on with it (--resume), delete it (--overwrite) or choose another --out"
+        )
+    return None
+
+
+def remove_run(run: Path) -> None:
+    """Delete what an earlier run wrote into its folder, and nothing else."""
+    for name in ("checkpoints", "tensorboard"):
+        if (run / name).exists():
+            shutil.rmtree(run / name)
+    for name in ("metrics.jsonl", "loss.png", "results.json", "confusion.png", "answers.jsonl"):
+        (run / name).unlink(missing_ok=True)

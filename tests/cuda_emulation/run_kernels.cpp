@@ -56,14 +56,18 @@ void embedding(DType dtype, int64_t B, int64_t T_, int64_t V, int64_t C) {
 }
 
 template <class T>
-void attention(DType dtype, int B, int T_, int S, int H, int D, bool dropout) {
+void attention(DType dtype, int B, int T_, int S, int H, int D, bool dropout, int document = 0) {
   const int64_t queries = int64_t(B) * T_ * H * D, keys = int64_t(B) * S * H * D, rows = int64_t(B) * H * T_;
   Buffer<T> q(queries), k(keys), v(keys), out(queries), grad(queries), grad_q(queries), grad_k(keys), grad_v(keys);
   Buffer<float> lse(rows), delta(rows);
   Buffer<int64_t> seed(1);
+  Buffer<int32_t> starts(B * T_);  // documents of so many tokens, and starts out of range where the contract allows them
+  for (int i = 0; i < B * T_; ++i)
+    starts.data[i] = i % T_ == 0 ? -9 : i % T_ == T_ - 1 ? S + 9 : document ? (i % T_ + S - T_) / document * document : 0;
   const auto heads = [&](Buffer<T>& x, int64_t tokens) { return Heads{x.data, tokens * H * D, int64_t(H) * D, D}; };
   Attention p{.dtype = dtype, .B = B, .T = T_, .S = S, .H = H, .D = D, .scale = 0.1f,
               .dropout = {dropout ? seed.data : nullptr, 1u << 30, 4.0f / 3.0f},
+              .document_start = document ? starts.data : nullptr,
               .q = heads(q, T_), .k = heads(k, S), .v = heads(v, S), .out = heads(out, T_), .lse = lse.data, .splits = 1,
               .partial_out = nullptr, .partial_lse = nullptr, .grad = heads(grad, T_), .grad_q = heads(grad_q, T_),
               .grad_k = heads(grad_k, S), .grad_v = heads(grad_v, S), .delta = delta.data};
@@ -90,6 +94,9 @@ int main(int argc, char** argv) {
   attention<__half>(DType::f16, 1, 3, 200, 1, 72, true);
   attention<__half>(DType::f16, 1, 3, 20, 1, 128, false);
   attention<float>(DType::f32, 1, 9, 40, 1, 33, true);
+  attention<__nv_bfloat16>(DType::bf16, 2, 140, 150, 1, 64, true, 30);
+  attention<__half>(DType::f16, 1, 3, 200, 1, 72, false, 70);
+  attention<float>(DType::f32, 2, 40, 50, 1, 5, false, 7);
   puts("attention");
   embedding<float>(DType::f32, 2, 37, 300, 72);
   embedding<__nv_bfloat16>(DType::bf16, 1, 1100, 7, 5);
