@@ -32,7 +32,7 @@ MINIMUM_CUDA_CAPABILITY = (8, 0)
 SMALL = 65536
 # The Triton kernels take any of these dtypes, so that their column is one line here instead of one in every op.
 TRITON_OPS = frozenset(
-    {"embedding", "layer_norm", "add_layer_norm", "causal_attention", "gelu", "linear_cross_entropy"}
+    {"embedding", "layer_norm", "add_layer_norm", "causal_attention", "gelu", "linear_cross_entropy", "adamw"}
 )
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
