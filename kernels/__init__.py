@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ OPERATORS = {
     "layer_norm": (
         "layer_norm_forward", "layer_norm_backward", "add_layer_norm_forward", "add_layer_norm_backward",
     ),
+    "gelu": ("gelu_forward", "gelu_backward"),
     "attention": ("causal_attention_forward", "causal_attention_backward"),
 }  # fmt: skip
 
@@ -35,8 +36,8 @@ def _on_device_of_first_argument(kernel: Callable[..., Any]) -> Callable[..., An
     return call
 
 
-def serve(replace: bool = False) -> None:
-    """Let the kernels answer the operators on CUDA tensors: where nothing else does, or everywhere if `replace`.
+def serve(take: Collection[str] = ()) -> None:
+    """Let the kernels answer the operators on CUDA tensors that nothing else answers, and those of the ops in `take`.
 
     Calling it again replaces the former choice. Raises ImportError where Triton is missing or broken.
     """
@@ -46,6 +47,7 @@ def serve(replace: bool = False) -> None:
     for module, names in OPERATORS.items():
         kernels = importlib.import_module(f"pygpt.kernels.{module}")
         for name in names:
-            if replace or not torch._C._dispatch_has_kernel_for_dispatch_key(f"pygpt::{name}", "CUDA"):
+            taken = any(name in (f"{op}_forward", f"{op}_backward", f"{op}_backward_") for op in take)
+            if taken or not torch._C._dispatch_has_kernel_for_dispatch_key(f"pygpt::{name}", "CUDA"):
                 library.impl(name, _on_device_of_first_argument(getattr(kernels, name)))
     _library = library

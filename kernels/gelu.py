@@ -84,12 +84,16 @@ def _backward_kernel(
         tl.store(partial_ptr + program.to(tl.int64) * C + columns, tl.sum(grad_bias, axis=0), mask=columns < C)
 
 
+def _columns(x: Tensor) -> int:
+    return x.shape[-1] if x.dim() else 1
+
+
 def bias_gelu_forward(x: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., C), bias (C,) or None -> gelu(x + bias), in x's dtype."""
     x = x.contiguous()
     y = torch.empty_like(x)
     if x.numel():
-        C = x.shape[-1]
+        C = _columns(x)
         rows, tile = x.numel() // C, config(C)
         _forward_kernel[(cdiv(rows, tile.rows), cdiv(C, tile.block))](
             x, bias, y, rows, C, ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps, **FUSED
@@ -103,7 +107,7 @@ def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Te
     grad_x = torch.empty_like(x)
     if x.numel() == 0:
         return grad_x, x.new_zeros(0) if bias is None else torch.zeros_like(bias)
-    C = x.shape[-1]
+    C = _columns(x)
     rows, tile = x.numel() // C, config(C)
     columns = cdiv(C, tile.block)
     programs = min(cdiv(multiprocessors(x) * 8, columns), cdiv(rows, tile.rows))
@@ -112,3 +116,13 @@ def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Te
         grad, x, bias, grad_x, partial, rows, C, ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps, **FUSED
     )
     return grad_x, x.new_empty(0) if bias is None else sum_partials(partial, bias.dtype)[0]
+
+
+def gelu_forward(x: Tensor) -> Tensor:
+    """x (..., C) -> gelu(x)."""
+    return bias_gelu_forward(x, None)
+
+
+def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """-> the gradient of x."""
+    return bias_gelu_backward(grad, x, None)[0]

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from pygpt.errors import InputError, InputTypeError
+from pygpt.ops.adamw import adamw_
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -59,8 +59,12 @@ class AdamW(torch.optim.Optimizer):
                 raise InputTypeError(f"AdamW updates floating-point parameters, got {parameter.dtype}")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient. A closure is called first, with gradients enabled; its result returned."""
+    def step(self, closure: Callable[[], Any] | None = None, *, grad_factor: Tensor | None = None) -> Any:
+        """Update every parameter that has a gradient. A closure is called first, with gradients enabled; its result returned.
+
+        grad_factor: float32 scalar by which all gradients are multiplied first, such as `clip_factor` gives: this clips
+        them without a pass of its own. float32 gradients may be left multiplied.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -68,44 +72,28 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if parameters:
-                self._update(parameters, group)
+                self._update(parameters, group, grad_factor)
         return loss
 
-    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+    def _update(self, parameters: list[Tensor], group: dict[str, Any], grad_factor: Tensor | None) -> None:
         for parameter in parameters:
             if parameter.grad is None or parameter.grad.layout != torch.strided:
                 raise InputTypeError("AdamW takes dense gradients: build the embedding with sparse=False")
             self._prepare_state(parameter)
         states = [self.state[parameter] for parameter in parameters]
-        low = [index for index, parameter in enumerate(parameters) if parameter.dtype in _LOW_PRECISION]
-        weights: list[Tensor] = list(parameters)
-        grads: list[Tensor] = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        for index in low:
-            weights[index], grads[index] = states[index]["master"], grads[index].float()
-        means, squares = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
-        # torch's fused kernel walks memory: with strides that differ its result is silently wrong (seen in 2.13 on a CPU).
-        strides_agree = all(
-            len({x.stride() for x in each}) == 1 for each in zip(weights, grads, means, squares, strict=True)
-        )
-        adamw(
-            weights,
-            grads,
-            means,
-            squares,
-            [],
+        adamw_(
+            parameters,
+            [parameter.grad for parameter in parameters if parameter.grad is not None],
+            [s["master"] if p.dtype in _LOW_PRECISION else p for p, s in zip(parameters, states, strict=True)],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
             [state["step"] for state in states],
-            fused=strides_agree,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
+            grad_factor=grad_factor,
+            **{name: group[name] for name in ("lr", "betas", "eps", "weight_decay")},
         )
-        for index in low:
-            parameters[index].copy_(weights[index])
-            self._versions[parameters[index]] = parameters[index]._version
+        for parameter in parameters:
+            if parameter.dtype in _LOW_PRECISION:
+                self._versions[parameter] = parameter._version
 
     def _prepare_state(self, parameter: Tensor) -> None:
         state = self.state[parameter]
@@ -163,12 +151,30 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     is computed in float32 (there it is rounded to bfloat16, tensor by tensor).
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = _norm(grads)
+    if grads and max_norm > 0:
+        torch._foreach_mul_(grads, _factor(norm, max_norm))
+    return norm
+
+
+@torch.no_grad()
+def clip_factor(parameters: Iterable[Tensor], max_norm: float) -> tuple[Tensor, Tensor | None]:
+    """(norm, grad_factor): what `clip_grad_norm` returns and would multiply by, for `AdamW.step` to do it on the way.
+
+    grad_factor is None where max_norm is 0. The gradients are left as they are.
+    """
+    norm = _norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    return norm, _factor(norm, max_norm) if max_norm > 0 else None
+
+
+def _norm(grads: list[Tensor]) -> Tensor:
     if not grads:
         return torch.zeros(())
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)))
-    if max_norm > 0:
-        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)))
+
+
+def _factor(norm: Tensor, max_norm: float) -> Tensor:
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 def cosine_with_warmup(step: int, *, peak: float, minimum: float, warmup: int, total: int) -> float:

@@ -17,16 +17,25 @@ from pygpt.ops import backends
 from pygpt.ops.linear import ONEDNN_IS_FASTER
 
 needs_extension = pytest.mark.skipif(backends.extension is None, reason="pygpt._C is not built")
-OPS = {"embedding", "layer_norm", "add_layer_norm", "causal_attention", "gelu", "linear", "linear_cross_entropy"}
+OPS = {
+    "embedding",
+    "layer_norm",
+    "add_layer_norm",
+    "causal_attention",
+    "gelu",
+    "linear",
+    "linear_cross_entropy",
+    "adamw",
+}
 
 
 @needs_extension
 def test_cpp_answers_by_default_where_it_has_a_kernel():
     table = pygpt.backends()
     assert set(table) == OPS
-    for op in OPS - {"linear_cross_entropy", "linear"}:  # linear: by processor, see test_linear.py
+    for op in OPS - {"linear_cross_entropy", "linear", "adamw"}:  # linear: by processor, see test_linear.py
         assert table[op]["cpu"] == "cpp"
-    assert table["linear_cross_entropy"]["cpu"] == "eager"
+    assert table["linear_cross_entropy"]["cpu"] == table["adamw"]["cpu"] == "eager"
 
 
 @needs_extension

@@ -33,7 +33,7 @@ if DEVICE == "cpu":
 
 def draw(*shape: int, dtype: torch.dtype = F32, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator) * scale).to(DEVICE, dtype)
+    return (torch.randn(shape, generator=generator) * scale).to(DEVICE, dtype)
 
 
 def reference(*tensors: torch.Tensor | None) -> list[torch.Tensor]:
@@ -325,7 +325,13 @@ def triton_answers():
 def test_operators_through_the_dispatcher(triton_answers, monkeypatch):
     """Schemas, autograd formulas and aliasing fit: a small block through the public ops, against float64."""
     calls = []
-    for module, name in ((kln, "_forward"), (kln, "_backward"), (katt, "_strides"), (kemb, "_pieces_kernel")):
+    for module, name in (
+        (kln, "_forward"),
+        (kln, "_backward"),
+        (katt, "_strides"),
+        (kemb, "_pieces_kernel"),
+        (kgelu, "config"),
+    ):
         monkeypatch.setattr(module, name, _Recorder(getattr(module, name), name, calls))
 
     def block(idx, wte, wpe, weight, bias, project, o):
@@ -334,7 +340,7 @@ def test_operators_through_the_dispatcher(triton_answers, monkeypatch):
         q, k, v = (y @ project).unflatten(2, (3, 2, 8)).unbind(2)
         attended = o.causal_attention(q, k, v) + o.causal_attention(q, k, v, document_start=starts)
         y, x = o.add_layer_norm(attended.flatten(2), x, weight, bias)
-        return (x * y).sum()
+        return (o.gelu(x) * y).sum()
 
     inputs = [draw(11, 16), draw(9, 16, seed=1), draw(16, seed=2), draw(16, seed=3), draw(16, 48, seed=4, scale=0.3)]
     idx = torch.tensor([[1, 2, 3, 1, 10], [0, 0, 0, 0, 5]], device=DEVICE)
@@ -343,7 +349,7 @@ def test_operators_through_the_dispatcher(triton_answers, monkeypatch):
     expected = [t.clone().double().requires_grad_() for t in inputs]
     result = block(idx, *leaves, ops)
     result.backward()
-    assert set(calls) == {"_forward", "_backward", "_strides", "_pieces_kernel"}
+    assert set(calls) == {"_forward", "_backward", "_strides", "_pieces_kernel", "config"}
     with backends.use_backend("eager"):
         reference_result = block(idx, *expected, ops)
         reference_result.backward()
@@ -376,8 +382,8 @@ def test_serve_registers_for_cuda_and_lets_go():
         return {torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA") for name in names}
 
     before = answered()
-    for replace in (True, False, False):
-        kernels.serve(replace)
+    for take in (backends.TRITON_OPS, (), {"layer_norm"}):
+        kernels.serve(take)
         assert answered() == {True}
     if DEVICE == "cpu":
         kernels._library = None
@@ -433,7 +439,14 @@ def test_linear_cross_entropy_of_large_logits_and_odd_targets():
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "with_bias"),
-    [((1, 1), F32, True), ((3, 5, 7), F32, True), ((33, 600), BF16, True), ((9, 64), F16, False), ((0, 8), F32, True)],
+    [
+        ((), F32, False),
+        ((1, 1), F32, True),
+        ((3, 5, 7), F32, True),
+        ((33, 600), BF16, True),
+        ((9, 64), F16, False),
+        ((0, 8), F32, True),
+    ],
     ids=str,
 )
 def test_bias_gelu(shape, dtype, with_bias):

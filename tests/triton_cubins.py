@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from pygpt.kernels import attention, cross_entropy, device, embedding, gelu, layer_norm
+from pygpt.kernels import adamw, attention, cross_entropy, device, embedding, gelu, layer_norm
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -170,7 +170,17 @@ def other_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         gelu.bias_gelu_forward(x, bias)
         gelu.bias_gelu_backward(x, x, bias)
 
+    def update(dtype: torch.dtype) -> None:
+        weight, state = meta(4096, dtype=dtype), meta(4096, dtype=torch.float32)
+        master = weight if dtype == torch.float32 else state
+        for factor in (None, meta(1, dtype=torch.float32)):
+            adamw.adamw_(
+                [weight], [weight], [master], [state], [state], [state],
+                lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, grad_factor=factor,
+            )  # fmt: skip
+
     for dtype in (torch.bfloat16, torch.float32):
+        yield f"adamw {dtype}", functools.partial(update, dtype)
         yield f"loss 50257 {dtype}", functools.partial(loss, 50257, dtype)
         yield f"gelu 3072 {dtype}", functools.partial(activation, 3072, dtype)
     yield "loss 65", functools.partial(loss, 65, torch.bfloat16)

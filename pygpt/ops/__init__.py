@@ -1,5 +1,6 @@
 """The operators. Each call checks its arguments and goes to the backend that `backends.choose` names."""
 
+from pygpt.ops.adamw import adamw_
 from pygpt.ops.attention import causal_attention
 from pygpt.ops.cross_entropy import linear_cross_entropy
 from pygpt.ops.embedding import embedding, embedding_backward_
@@ -8,6 +9,7 @@ from pygpt.ops.layer_norm import add_layer_norm, layer_norm
 from pygpt.ops.linear import linear
 
 __all__ = [
+    "adamw_",
     "add_layer_norm",
     "causal_attention",
     "embedding",

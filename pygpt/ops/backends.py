@@ -31,7 +31,9 @@ MINIMUM_CUDA_CAPABILITY = (8, 0)
 # Elements below which a call of torch's own layer_norm costs less than our kernel saves (measured: bench/LOG.md).
 SMALL = 65536
 # The Triton kernels take any of these dtypes, so that their column is one line here instead of one in every op.
-TRITON_OPS = frozenset({"embedding", "layer_norm", "add_layer_norm", "causal_attention", "linear_cross_entropy"})
+TRITON_OPS = frozenset(
+    {"embedding", "layer_norm", "add_layer_norm", "causal_attention", "gelu", "linear_cross_entropy", "adamw"}
+)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -113,17 +115,14 @@ _chosen: dict[tuple[str, str, torch.dtype, str | None], str] = {}
 
 def _load_triton() -> str:
     """Make `pygpt.kernels` answer on CUDA tensors; returns what is in the way, nothing when it is ready."""
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    major, minor = torch.cuda.get_device_capability()
-    if torch.version.cuda and major < 8:
-        return f"the GPU's compute capability is {major}.{minor}; 8.0 or later is needed"
+    if device_problem := _cuda_device_problem():
+        return device_problem
     if extension is None:
         return "needs pygpt._C, which holds the operators' schemas and was " + _cpp_problem
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     try:
-        importlib.import_module("pygpt.kernels").serve(replace=_forced == "triton")
+        importlib.import_module("pygpt.kernels").serve(_triton_takes())
     except ImportError as error:
         warnings.warn(f"pygpt.kernels failed to load: {error}; running without it", stacklevel=2)
         return f"failed to load: {error}"
@@ -133,17 +132,25 @@ def _load_triton() -> str:
 def _column(name: str) -> Column:
     # Triton takes a while to import: only where someone has a use for it.
     if name == "triton" and name not in _columns:
+        _columns[name] = Column(name, "cuda", "")  # so that loading may ask who is preferred
         _columns[name] = Column(name, "cuda", _load_triton())
     return _columns[name]
 
 
+def _triton_takes() -> set[str]:
+    """Ops whose operators are Triton's even where compiled CUDA kernels answer them too: one operator has one kernel."""
+    if _forced is not None:
+        return set(TRITON_OPS) if _forced == "triton" else set()
+    on_gpu = {op: [b for b in _order(op, "cuda") if b in ("cuda", "triton") and ready(b)] for op in TRITON_OPS}
+    return {op for op, order in on_gpu.items() if order[:1] == ["triton"]}
+
+
 def _force(name: str | None) -> None:
-    """Set the forced backend. Forcing `triton` also takes the operators over from compiled CUDA kernels, as long."""
+    """Set the forced backend, and with it who answers the operators on a GPU."""
     global _forced
-    change = (name == "triton") != (_forced == "triton")
-    _forced = name
+    change, _forced = name != _forced, name
     if change and "triton" in _columns and ready("triton"):
-        importlib.import_module("pygpt.kernels").serve(replace=name == "triton")
+        importlib.import_module("pygpt.kernels").serve(_triton_takes())
 
 
 def register(op: str, **dtypes: tuple[torch.dtype, ...]) -> None:
