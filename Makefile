@@ -17,10 +17,9 @@ demo: $(VENV)/.train            ## pretrain a small GPT on Python's standard lib
 	@echo "checkpoint: runs/demo/checkpoints   loss plot: runs/demo/loss.png"
 	@echo "try: $(BIN)/pygpt generate runs/demo --prompt 'class '"
 
-# The data sets are downloaded, unless TEXT, SMS and INSTRUCTIONS name files.
+# The labelled data sets are downloaded, unless SMS and INSTRUCTIONS name files.
 arc: $(VENV)/.train,data        ## from raw text to a spam filter and an assistant; writes runs/arc/arc.md
-	$(BIN)/python bench/arc.py $(if $(TEXT),--text "$(TEXT)") $(if $(SMS),--sms "$(SMS)") \
-	  $(if $(INSTRUCTIONS),--instructions "$(INSTRUCTIONS)")
+	$(BIN)/python bench/arc.py $(if $(SMS),--sms "$(SMS)") $(if $(INSTRUCTIONS),--instructions "$(INSTRUCTIONS)")
 
 test: $(VENV)/.test             ## every test
 	$(BIN)/python -m pytest -n 2 --dist loadgroup

@@ -1,14 +1,13 @@
 """From raw text to something useful, in one go: pretrain a base, finetune it on spam and on instructions, compare.
 
-    make arc                                     # downloads three small data sets
-    python bench/arc.py --sms SMSSpamCollection.tsv      # or brings its own; see --help
+    make arc                                     # downloads the two labelled data sets
+    python bench/arc.py --sms SMSSpamCollection.tsv --instructions instruction_data.json      # or brings its own
 
-1. A base: a small GPT pretrained on Shakespeare's plays, then on messages of the spam collection without their labels, so that
-   it has seen how people write them: the middle step of Howard and Ruder's ULMFiT (2018). No message that a seed validates or
-   tests on is among them.
+1. A base: a small GPT pretrained on messages of the spam collection, without their labels, as Howard and Ruder's ULMFiT (2018)
+   reads a task's texts before it learns the task. No message that a seed validates or tests on is among them.
 2. Spam or not, by the protocol of Raschka's "Build a Large Language Model (From Scratch)", chapter 6: as many ham as spam
    messages, 70/10/20 split, mean of the seeds; all weights trained, and the last block, final LayerNorm and head alone. Beside
-   it the same from random weights, and all messages as they are.
+   it the same from random weights, and all messages as they are, from random weights too: their test texts are in the base.
 3. Instructions: the response loss on entries held out from training, before and after.
 
 The runs go to OUT, with a table of results in OUT/arc.md. A second call goes on where the first one stopped.
@@ -36,7 +35,7 @@ from pygpt.train import PretrainConfig, pretrain
 from pygpt.train.classify import ClassifyConfig, finetune_classify, load_parts
 from pygpt.train.instruct import InstructConfig, finetune_instruct
 
-ALL_WEIGHTS: dict[str, Any] = {"balance": "subsample", "learning_rate": 3e-4, "dropout": 0.2}
+ALL_WEIGHTS: dict[str, Any] = {"balance": "subsample", "learning_rate": 2e-4, "dropout": 0.2}
 LAST_BLOCK: dict[str, Any] = {
     "balance": "subsample", "train": "blocks", "steps": 1300, "learning_rate": 5e-4, "dropout": 0.0
 }  # fmt: skip
@@ -45,7 +44,7 @@ SPAM: dict[str, dict[str, Any]] = {
     "random weights, all weights": {**ALL_WEIGHTS, "random_weights": True},
     "base, last block": LAST_BLOCK,
     "random weights, last block": {**LAST_BLOCK, "random_weights": True},
-    "all messages, all weights": {**ALL_WEIGHTS, "balance": "none"},
+    "random weights, all messages": {**ALL_WEIGHTS, "balance": "none", "random_weights": True},
 }
 
 
@@ -53,18 +52,14 @@ SPAM: dict[str, dict[str, Any]] = {
 class Arc:
     """Pretrain a base, finetune it on spam and on instructions, compare."""
 
-    text: Path = Path("tiny-shakespeare")
-    """File or folder of text for the base; by default it is downloaded."""
     sms: Path = Path("sms-spam")
     """UCI's SMS Spam Collection; by default it is downloaded."""
     instructions: Path = Path("instructions")
     """Entries of instruction, input and output; by default they are downloaded."""
     out: Path = Path("runs/arc")
     """Folder for all runs and for arc.md."""
-    steps: int = 300
-    """Optimizer steps on the base's text."""
-    message_steps: int = 400
-    """Optimizer steps on the messages without labels."""
+    steps: int = 400
+    """Optimizer steps of the base."""
     seeds: tuple[int, ...] = (1, 2, 3)
     """Seeds of the spam runs: split, head and order of the batches."""
 
@@ -72,64 +67,50 @@ class Arc:
 def main(arc: Arc) -> None:
     pygpt.tune_allocator()
     console = Console()
-    text, messages = arc.out / "text", arc.out / "base"
-    minutes = [timed(arc, "text", pretrain_on_text, text, arc.steps, console)]
-    minutes += [timed(arc, "base", pretrain_on_messages, messages, arc.message_steps, console)]
+    base, minutes = pretrain_base(arc, console)
     rows = [
-        f"base pretrained in {sum(minutes):.1f} minutes ({minutes[0]:.1f} on text, {minutes[1]:.1f} on messages)"
-        f"; validation loss {_last(text, 'val_loss'):.3f} on text, {_last(messages, 'val_loss'):.3f} on messages",
+        f"base pretrained in {minutes:.1f} minutes: validation loss {_last(base / 'metrics.jsonl', 'val_loss'):.3f}",
         "",
         "| spam or not | test accuracy | macro-F1 | of the seeds |",
         "|---|--:|--:|---|",
     ]
     for name, options in SPAM.items():
-        # Splits of all messages are other splits: the messages' base has read some of what they test on.
-        base = messages if options["balance"] == "subsample" else text
         tests = [classify(arc, base, name, seed, options, console)["test"] for seed in arc.seeds]
         accuracy, f1 = ([test[key] for test in tests] for key in ("accuracy", "macro_f1"))
         each = ", ".join(f"{100 * a:.2f}" for a in accuracy)
         rows.append(f"| {name} | {100 * statistics.mean(accuracy):.2f}% | {statistics.mean(f1):.4f} | {each} |")
-    rows += ["", instruct(arc, messages, console)]
+    rows += ["", instruct(arc, base, console)]
     (arc.out / "arc.md").write_text("\n".join(rows) + "\n", encoding="utf-8")
     console.print("\n".join(rows), markup=False, highlight=False, soft_wrap=True)
 
 
-def timed(arc: Arc, name: str, train: Any, run: Path, steps: int, console: Console) -> float:
-    """Minutes that a pretraining took; one that has ended is not repeated."""
-    timing = arc.out / f"{name}.json"
+def pretrain_base(arc: Arc, console: Console) -> tuple[Path, float]:
+    """The base's run, and the minutes that it took."""
+    run, timing = arc.out / "base", arc.out / "base.json"
     if not timing.is_file():
         start = time.perf_counter()
-        train(arc, run, console)
-        _stop_unless(run / "checkpoints" / f"step_{steps:08d}")
+        data, file = arc.out / "messages", arc.out / "messages.parquet"
+        arc.out.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"text": messages_to_read(arc)}), file)
+        prepare(PrepareConfig(inputs=(file,), out=data))
+        config = PretrainConfig(
+            data=data, out=run, overwrite=True, n_layer=4, n_head=4, n_embd=256, block_size=256, dropout=0.1, batch_size=8,
+            steps=arc.steps, warmup=20, learning_rate=1e-3, min_learning_rate=1e-4, eval_every=100, prompt="I will",
+        )  # fmt: skip
+        pretrain(config, console)
+        _stop_unless(run / "checkpoints" / f"step_{arc.steps:08d}")
         timing.write_text(json.dumps({"minutes": (time.perf_counter() - start) / 60}))
-    return json.loads(timing.read_text())["minutes"]
+    return run, json.loads(timing.read_text())["minutes"]
 
 
-def pretrain_on_text(arc: Arc, run: Path, console: Console) -> None:
-    data = arc.out / "text-tokens"
-    prepare(PrepareConfig(inputs=(arc.text,), out=data))
-    config = PretrainConfig(
-        data=data, out=run, overwrite=True, n_layer=4, n_head=4, n_embd=256, block_size=256, dropout=0.1, batch_size=8,
-        steps=arc.steps, warmup=20, learning_rate=1e-3, min_learning_rate=1e-4, eval_every=100,
-    )  # fmt: skip
-    pretrain(config, console)
-
-
-def pretrain_on_messages(arc: Arc, run: Path, console: Console) -> None:
+def messages_to_read(arc: Arc) -> list[str]:
+    """The messages that none of the seeds validates or tests on."""
     held_out = set()
     for seed in arc.seeds:
         config = ClassifyConfig(data=arc.sms, preset="micro", balance="subsample", seed=seed)
         parts, _ = load_parts(config, pygpt.get_tokenizer("gpt2"), 1024, lambda line: None)
         held_out.update(parts["val"].texts, parts["test"].texts)
-    texts = [text for text in read_labelled(dataset_path(arc.sms)).texts if text not in held_out]
-    data, file = arc.out / "message-tokens", arc.out / "messages.parquet"
-    pq.write_table(pa.table({"text": texts}), file)
-    prepare(PrepareConfig(inputs=(file,), out=data))
-    config = PretrainConfig(
-        data=data, out=run, overwrite=True, init_from=arc.out / "text", batch_size=8, steps=arc.message_steps,
-        warmup=20, learning_rate=1e-3, min_learning_rate=1e-4, eval_every=100, prompt="I will",
-    )  # fmt: skip
-    pretrain(config, console)
+    return [text for text in read_labelled(dataset_path(arc.sms)).texts if text not in held_out]
 
 
 def classify(arc: Arc, base: Path, name: str, seed: int, options: dict[str, Any], console: Console) -> dict[str, Any]:
@@ -161,8 +142,8 @@ def _stop_unless(written: Path) -> None:
         raise SystemExit("stopped; the same command goes on, from the start of the run that was interrupted")
 
 
-def _last(run: Path, name: str) -> float:
-    values = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def _last(metrics: Path, name: str) -> float:
+    values = [json.loads(line) for line in metrics.read_text().splitlines()]
     return next(value[name] for value in reversed(values) if name in value)
 
 
