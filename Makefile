@@ -39,10 +39,10 @@ gpu: $(VENV)/.bench             ## on a machine with an NVIDIA GPU: GPU tests, t
 clean:
 	rm -rf $(VENV) build
 
-# One stamp file per set of extras: .train, .test, .bench, .dev. Building without isolation compiles against the torch
-# that the environment has, instead of downloading another one to build with.
+# One stamp file per set of extras: .train, .test, .bench, .dev, of which dev holds all: its stamp is theirs too. Building
+# without isolation compiles against the torch that the environment has, instead of downloading another one to build with.
 $(VENV)/.%: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q "$(TORCH)" "scikit-build-core>=0.10" "pybind11>=2.12" cmake ninja
 	$(PIP) install -q --no-build-isolation -e ".[$*]"
-	@touch $@
+	@touch $@ $(if $(filter dev,$*),$(addprefix $(VENV)/.,train test bench))
