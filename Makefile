@@ -22,7 +22,7 @@ arc: $(VENV)/.arc               ## from raw text to a spam filter and an assista
 	$(BIN)/python bench/arc.py $(if $(SMS),--sms "$(SMS)") $(if $(INSTRUCTIONS),--instructions "$(INSTRUCTIONS)")
 
 test: $(VENV)/.test             ## every test
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.dev              ## formatting, lint, types
 	$(BIN)/ruff check .
