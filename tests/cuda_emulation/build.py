@@ -85,6 +85,10 @@ def _ninja() -> str:
     link = f"-L{torch_lib} -ltorch_cpu -Wl,-Bsymbolic,--no-undefined"
     lines.append(f"build emulation.so: library {' '.join(objects)}\n  flags = {link}")
 
+    # For Python too: a kernel for each of Hopper's instructions.
+    hopper = compile_("library/conformance_sm90.o", HERE / "conformance_sm90.cu", f"{device} -O2")
+    lines.append(f"build conformance_sm90.so: library {hopper} library/runtime.o\n  flags = -Wl,--no-undefined")
+
     # Programs, under each sanitizer. The runtime is never instrumented itself; it only tells them what it does.
     for kind, flags in SANITIZERS.items():
         define = f"-DEMULATION_{kind.upper()}"

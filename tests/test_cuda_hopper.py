@@ -1,0 +1,117 @@
+"""Hopper's instructions, one small kernel for each wrapper of csrc/cuda/ptx_sm90.h, against references in numpy.
+
+They run on the emulated device, and the same file on a GPU of compute capability 9.0 where there is one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cuda_emulation import build
+
+pytestmark = pytest.mark.skipif(bool(build.missing()), reason=build.missing() or "built")
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and shutil.which("nvcc")
+
+
+class Device:
+    """Calls the exported functions on arrays of the host or of the GPU."""
+
+    def __init__(self, library: ctypes.CDLL, where: str) -> None:
+        self.library, self.where = library, where
+
+    def call(self, name: str, *arguments: Any) -> None:
+        given = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
+        status = getattr(self.library, name)(*(ctypes.c_void_p(a) if type(a) is int and a > 2**31 else a for a in given))
+        if self.where == "cuda":
+            torch.cuda.synchronize()
+        assert status == 0
+
+
+@pytest.fixture(scope="module", params=["seed 0", "seed 1", "seed 2", "GPU"])
+def device(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Device:
+    if request.param == "GPU":
+        if not HOPPER:
+            pytest.skip("no GPU of compute capability 9.0, or no nvcc to build for it")
+        out = tmp_path_factory.mktemp("hopper") / "conformance_sm90.so"
+        source, csrc = Path(build.HERE / "conformance_sm90.cu"), build.ROOT / "csrc"
+        target = ["-std=c++20", "-gencode=arch=compute_90a,code=sm_90a", "-shared", "-Xcompiler=-fPIC", f"-I{csrc}"]
+        subprocess.run(["nvcc", *target, source, "-o", out], check=True)
+        return Device(ctypes.CDLL(str(out)), "cuda")
+    (path,) = build.build("conformance_sm90.so")
+    library = ctypes.CDLL(str(path))
+    library.emulation_set_seed(ctypes.c_uint64(int(request.param[-1])))
+    return Device(library, "cpu")
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def swizzled(rows: np.ndarray) -> np.ndarray:
+    """Rows of 64 elements as they lie in shared memory: 8 pieces of 16 bytes, permuted by the row's number."""
+    pieces = rows.reshape(-1, 8, 8)
+    return np.stack([row[np.arange(8) ^ (i % 8)] for i, row in enumerate(pieces)]).reshape(rows.shape)
+
+
+# (a tensor's sizes, its strides in elements, a box of it, where the box begins): innermost dimension first. Inside; reaching
+# out at the end, with and without rows between; beginning before the tensor; wholly outside; a box of three dimensions.
+BOXES = [
+    ((64, 40, 1, 1), (64, 64, 64), (64, 16, 1, 1), (0, 8, 0, 0)),
+    ((72, 3, 20, 2), (80, 240, 4800), (64, 1, 24, 1), (0, 2, 8, 1)),
+    ((72, 3, 20, 2), (80, 240, 4800), (64, 1, 16, 1), (64, 1, 0, 0)),
+    ((64, 9, 1, 1), (64, 64, 64), (64, 16, 1, 1), (-8, -3, 0, 0)),
+    ((64, 9, 1, 1), (64, 64, 64), (64, 8, 1, 1), (0, 9, 0, 0)),
+    ((64, 5, 6, 3), (64, 320, 1920), (64, 3, 4, 2), (0, 3, 1, 2)),
+]
+
+
+@pytest.mark.parametrize("case", BOXES, ids=str)
+def test_tensor_copy(device: Device, case: tuple[tuple[int, ...], ...]):
+    sizes, strides, box, at = case
+    memory = random(sizes[0] + sum((n - 1) * stride for n, stride in zip(sizes[1:], strides, strict=True)))
+    tensor = np.lib.stride_tricks.as_strided(memory.numpy(), sizes[::-1], [2 * s for s in (*strides[::-1], 1)])
+    wanted = np.zeros(box[::-1], np.float16)
+    for index in np.ndindex(*box[::-1]):
+        source = tuple(i + a for i, a in zip(index, at[::-1], strict=True))
+        if all(0 <= s < n for s, n in zip(source, tensor.shape, strict=True)):
+            wanted[index] = tensor[source]
+    out = torch.full((wanted.size,), torch.nan, dtype=torch.float16, device=device.where)
+    given = [(ctypes.c_uint64 * 4)(*sizes), (ctypes.c_uint64 * 3)(*(2 * s for s in strides)), (ctypes.c_uint32 * 4)(*box)]
+    device.call("tma", memory.to(device.where), *given, (ctypes.c_int * 4)(*at), out)
+    assert np.array_equal(out.cpu().numpy().reshape(-1, 64), swizzled(wanted.reshape(-1, 64)))
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 3, 7])
+def test_barriers_order_a_ring_of_copies(device: Device, tiles: int):
+    data = random(tiles * 64, 64)
+    out = torch.full_like(data, torch.nan, device=device.where)
+    device.call("ring", data.to(device.where), tiles, out)
+    assert np.array_equal(out.cpu().numpy(), swizzled(data.numpy()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("N", "K"), [(64, 64), (128, 64), (64, 128), (128, 128)])
+def test_product_by_rows(device: Device, N: int, K: int, dtype: torch.dtype):
+    a, b = random(64, K, dtype=dtype), random(N, K, dtype=dtype, seed=1)
+    out = torch.full((2, 64, N), torch.nan, device=device.where)
+    device.call("by_rows", int(dtype == torch.bfloat16), N, K, a.to(device.where), b.to(device.where), out)
+    wanted = a.double().numpy() @ b.double().numpy().T
+    np.testing.assert_allclose(out[0].cpu().numpy(), wanted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(out[1].cpu().numpy(), 2 * wanted, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("N", [64, 128])
+def test_product_by_columns(device: Device, N: int, dtype: torch.dtype):
+    a, b, c = random(64, 64, dtype=dtype), random(64, N, dtype=dtype, seed=1), random(64, N, seed=2).float()
+    out = c.to(device.where, copy=True)
+    device.call("by_columns", int(dtype == torch.bfloat16), N, a.to(device.where), b.to(device.where), out)
+    wanted = c.double().numpy() + a.double().numpy() @ b.double().numpy()
+    np.testing.assert_allclose(out.cpu().numpy(), wanted, rtol=1e-4, atol=1e-4)
