@@ -1,6 +1,7 @@
-"""Hopper's instructions, one small kernel for each wrapper of csrc/cuda/ptx_sm90.h, against references in numpy.
+"""Hopper's instructions, one small kernel for each wrapper of csrc/cuda/ptx_sm90.h, against references in numpy; and the
+attention kernel written with them, against the float64 reference.
 
-They run on the emulated device, and the same file on a GPU of compute capability 9.0 where there is one.
+They run on the emulated device; the instructions on a GPU of compute capability 9.0 too, where there is one.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from common import DOCUMENT_CASES, DOCUMENTS, document_starts
 from cuda_emulation import build
+from test_cuda_kernels import compare_attention, library
 
 pytestmark = pytest.mark.skipif(bool(build.missing()), reason=build.missing() or "built")
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and shutil.which("nvcc")
+__all__ = ["library"]  # a fixture
 
 
 class Device:
@@ -115,3 +119,39 @@ def test_product_by_columns(device: Device, N: int, dtype: torch.dtype):
     device.call("by_columns", int(dtype == torch.bfloat16), N, a.to(device.where), b.to(device.where), out)
     wanted = c.double().numpy() + a.double().numpy() @ b.double().numpy()
     np.testing.assert_allclose(out.cpu().numpy(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(params=[0, 1], ids="seed{}".format)
+def op(request: pytest.FixtureRequest, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The emulated operators, with the Hopper kernel asked for."""
+    library.emulation_set_seed(ctypes.c_uint64(request.param))
+    monkeypatch.setenv("PYGPT_CUDA_HOPPER", "1")
+    return torch.ops.pygpt_emulated
+
+
+def ran_on_hopper(library: ctypes.CDLL, call: Any) -> bool:
+    library.emulation_wgmma_count.restype = ctypes.c_uint64
+    before = library.emulation_wgmma_count()
+    call()
+    return bool(library.emulation_wgmma_count() > before)
+
+
+# B, T, S, H, D: a query more than the kernel's least; one row in the second block; the ring more than once around; keys
+# before the queries, so that the diagonal crosses two tiles; heads narrower than a tile, in one part and in two.
+SHAPES = [
+    (1, 65, 65, 1, 64),
+    (2, 129, 129, 2, 64),
+    (1, 70, 700, 1, 64),
+    (1, 200, 293, 1, 128),
+    (1, 90, 90, 1, 40),
+    (1, 70, 131, 1, 72),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention(op: Any, library: ctypes.CDLL, shape: tuple[int, ...], dropout_p: float, dtype: torch.dtype):
+    B, T, S, H, D = shape
+    q, k, v, grad = (random(B, n, H, D, dtype=dtype, seed=i) for i, n in enumerate([T, S, S, T]))
+    assert ran_on_hopper(library, lambda: compare_attention(op, q, k, v, grad, dropout_p))

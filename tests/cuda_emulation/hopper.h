@@ -52,6 +52,7 @@ struct Products {
   bool fenced;
 };
 Products* products;  // one per thread
+uint64_t products_issued;
 
 Barrier& barrier_at(uint64_t* address, const char* what) {
   if (reinterpret_cast<uintptr_t>(address) % 8) fail("%s: the barrier is not 8-byte aligned", what);
@@ -274,6 +275,7 @@ void wgmma(float* d, int columns, const uint32_t* a, uint64_t a_operand, uint64_
   meet(kWgmma, at, &slot, [](void** slots) {
     const auto lane_slot = [&](int lane) -> const Slot& { return *static_cast<Slot*>(slots[lane]); };
     const Slot& first = lane_slot(0);
+    ++products_issued;
     Tiles tiles;
     tiles.read(*first.product, first.warp);
     first.product->tiles_were = tiles.hash;
@@ -301,6 +303,8 @@ void wgmma(float* d, int columns, const uint32_t* a, uint64_t a_operand, uint64_
         lane_slot(lane).product->accumulator->values[i] = C[lane / 4 + i / 2 % 2 * 8][i / 4 * 8 + lane % 4 * 2 + i % 2];
   });
 }
+
+uint64_t wgmma_count() { return products_issued; }
 
 void wgmma_wait(int groups_left, Site at) {
   Products& p = mine();

@@ -60,6 +60,7 @@ void wgmma_wait(int groups_left, Site at);
 // a: four registers, or null for the operand in shared memory.
 void wgmma(float* d, int columns, const uint32_t* a, uint64_t a_operand, uint64_t b_operand, bool b_by_rows, bool accumulate,
            Element element, Site at);
+uint64_t wgmma_count();  // since the program began: have Hopper's kernels run?
 
 [[noreturn]] void fail(const char* format, ...);
 
