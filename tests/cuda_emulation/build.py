@@ -65,7 +65,8 @@ def _ninja() -> str:
     from torch.utils.cpp_extension import include_paths
 
     device = f"{FLAGS} -DPYGPT_CUDA_EMULATION -I{HERE}/include -I{HERE} -I{ROOT}/csrc"
-    torch_flags = "-DUSE_CUDA -DPYGPT_CUDA_KEY=CPU -DPYGPT_CUDA_HOPPER -Dpygpt=pygpt_emulated -DTORCH_TARGET_VERSION=0x020a000000000000 "
+    torch_flags = "-DUSE_CUDA -DPYGPT_CUDA_KEY=CPU -DPYGPT_CUDA_HOPPER -Dpygpt=pygpt_emulated "
+    torch_flags += "-DTORCH_TARGET_VERSION=0x020a000000000000 "
     torch_flags += " ".join(f"-isystem {path}" for path in include_paths())
     lines = [RULES]
 
