@@ -287,7 +287,7 @@ def gpt2(bench: Bench) -> None:
         return training_step(model, optimizer, idx, lambda: forward(idx, targets)[1])
 
     def nanogpt_step(compile_it: bool) -> Call:
-        baseline = importlib.import_module("baseline")
+        baseline = importlib.import_module("pygpt.bench.baseline")
         model = baseline.GPT(baseline.GPTConfig(**size)).to(bench.device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
         forward = torch.compile(model) if compile_it else model
