@@ -111,7 +111,7 @@ for _ in range(60):
     loss.backward(); optimizer.step(); optimizer.zero_grad()
 assert loss < 2.0, loss
 print(model.generate(idx[:1], 3).shape)
-print(pygpt.ops.backends.report()[0].why_not["cpp"])
+print(next(row for row in pygpt.ops.backends.report() if row.op == "layer_norm").why_not["cpp"])
 """
 
 
