@@ -18,7 +18,7 @@ demo: $(VENV)/.train            ## pretrain a small GPT on Python's standard lib
 	@echo "try: $(BIN)/pygpt generate runs/demo --prompt 'class '"
 
 # The labelled data sets are downloaded, unless SMS and INSTRUCTIONS name files.
-arc: $(VENV)/.arc               ## from raw text to a spam filter and an assistant; writes runs/arc/arc.md
+arc: $(VENV)/.train,data        ## from raw text to a spam filter and an assistant; writes runs/arc/arc.md
 	$(BIN)/python bench/arc.py $(if $(SMS),--sms "$(SMS)") $(if $(INSTRUCTIONS),--instructions "$(INSTRUCTIONS)")
 
 test: $(VENV)/.test             ## every test
@@ -39,7 +39,7 @@ gpu: $(VENV)/.bench             ## on a machine with an NVIDIA GPU: GPU tests, t
 clean:
 	rm -rf $(VENV) build
 
-# One stamp file per set of extras: .train, .test, .bench, .dev. Building without isolation compiles against the torch
+# One stamp file per set of extras: .train, .test, .bench, .dev; also of several, .train,data. Building without isolation compiles against the torch
 # that the environment has, instead of downloading another one to build with.
 $(VENV)/.%: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
