@@ -22,7 +22,7 @@ arc: $(VENV)/.train,data        ## from raw text to a spam filter and an assista
 	$(BIN)/python bench/arc.py $(if $(SMS),--sms "$(SMS)") $(if $(INSTRUCTIONS),--instructions "$(INSTRUCTIONS)")
 
 test: $(VENV)/.test             ## every test
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.dev              ## formatting, lint, types
 	$(BIN)/ruff check .
@@ -39,10 +39,11 @@ gpu: $(VENV)/.bench             ## on a machine with an NVIDIA GPU: GPU tests, t
 clean:
 	rm -rf $(VENV) build
 
-# One stamp file per set of extras: .train, .test, .bench, .dev; also of several, .train,data. Building without isolation compiles against the torch
-# that the environment has, instead of downloading another one to build with.
+# One stamp file per set of extras: .train, .test, .bench, .dev, also of several, .train,data. dev holds all the others: its
+# stamp is theirs too. Building without isolation compiles against the torch that the environment has, instead of
+# downloading another one to build with.
 $(VENV)/.%: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q "$(TORCH)" "scikit-build-core>=0.10" "pybind11>=2.12" cmake ninja
 	$(PIP) install -q --no-build-isolation -e ".[$*]"
-	@touch $@
+	@touch $@ $(if $(filter dev,$*),$(addprefix $(VENV)/.,train test bench))

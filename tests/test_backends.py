@@ -109,7 +109,10 @@ def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_environment_variables():
-    code = "import pygpt; print(pygpt.backends()['layer_norm']['cpu'])"
+    code = (  # and importing stays light: a compiler takes longer to import than torch
+        "import pygpt, sys; assert not {'torch._dynamo', 'triton', 'transformers'} & sys.modules.keys()\n"
+        "print(pygpt.backends()['layer_norm']['cpu'])"
+    )
     assert run(code, PYGPT_BACKEND="eager").stdout.strip() == "eager"
     broken = run(code, PYGPT_BACKEND="fast")
     assert broken.returncode != 0
