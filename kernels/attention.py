@@ -87,19 +87,14 @@ GRAD_KV = (  # the kernel that owns key blocks in backward
 )
 
 
-def largest_head(dtype: torch.dtype) -> int:
-    """Largest head dimension that there is a configuration for: a tile of wider float32 heads overflows the registers."""
-    return 128 if dtype == torch.float32 else 256
-
-
 def choose(table: tuple[Row, ...], q: Tensor, dropout: bool) -> Config:
-    """The configuration of `table` for queries q (B, T, H, D) on their device. Raises ValueError for heads too wide."""
+    """The configuration of `table` for queries q (B, T, H, D) on their device."""
     (_, T, _, D), bits, arch = q.shape, q.dtype.itemsize * 8, architecture(q)
     for row in table:
         fits = row.bits == bits and D <= row.D and T <= row.T and arch >= row.arch
         if fits and row.dropout in (None, dropout):
             return row.config
-    raise ValueError(f"no Triton kernel for heads of {D} {q.dtype} values: at most {largest_head(q.dtype)}")
+    raise AssertionError(f"no configuration for heads of {D} {q.dtype}: pygpt.ops.causal_attention lets none through")
 
 
 @triton.jit

@@ -251,7 +251,7 @@ def _forward(
     rstd = torch.empty_like(mean)
     if rows:
         tile = up_to(FORWARD, C)
-        kernel = _forward_wide_kernel if C > tile.block else _forward_kernel
+        kernel = _forward_wide_kernel if tile.block < C else _forward_kernel
         kernel[(cdiv(rows, tile.rows),)](
             x, residual, weight, bias, total, y, mean, rstd, rows, C, eps,
             ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps, **FUSED,
@@ -273,7 +273,7 @@ def _backward(
     # A program's share of the weight gradients takes 8 C bytes: with few tiles each, they would outweigh the rows.
     programs = min(multiprocessors(x) * max(1, 16 // tile.warps), cdiv(rows, tile.rows * 4))
     partial = x.new_empty(1 + has_bias, programs, C, dtype=torch.float32)
-    kernel = _backward_wide_kernel if C > tile.block else _backward_kernel
+    kernel = _backward_wide_kernel if tile.block < C else _backward_kernel
     kernel[(programs,)](
         grad, grad_sum, x, weight, mean, rstd, grad_x, partial, rows, C,
         HAS_BIAS=has_bias, ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps, **FUSED,

@@ -17,6 +17,7 @@ from common import DOCUMENT_CASES, DOCUMENTS, assert_close, document_starts
 triton = pytest.importorskip("triton", reason="triton is not installed: the Triton kernels are not tested")
 
 from pygpt import kernels, ops  # noqa: E402
+from pygpt.errors import InputError  # noqa: E402
 from pygpt.kernels import attention as katt  # noqa: E402
 from pygpt.kernels import cross_entropy as kce  # noqa: E402
 from pygpt.kernels import embedding as kemb  # noqa: E402
@@ -69,7 +70,9 @@ def test_layer_norm(shape, dtype, with_bias):
         assert grads[2].numel() == 0
 
 
-@pytest.mark.parametrize(("shape", "dtype"), [((7, 33), F32), ((40, 768), BF16), ((10, 8200), BF16), ((3, 20001), F32)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((7, 33), F32), ((40, 768), BF16), ((10, 8200), BF16), ((3, 20001), F32)], ids=str
+)
 def test_add_layer_norm(shape, dtype):
     C = shape[-1]
     x, residual, grad, grad_sum = (draw(*shape, dtype=dtype, seed=i) for i in range(4))
@@ -299,6 +302,18 @@ def test_attention_of_large_scores():
     q, k, v = qkv(1, 90, 90, 1, 16, scale=30.0)  # scores in the thousands: exp alone would overflow
     out, _ = katt.causal_attention_forward(q, k, v, 1.0, 0.0, None)
     assert_close(out, attention_reference(*(x.double() for x in (q, k, v)), 1.0)[0], F16)
+
+
+def test_wide_float32_heads_run_the_reference(monkeypatch):
+    monkeypatch.setattr(backends, "choose", lambda op, x: "triton")
+    q, k, v = qkv(1, 5, 5, 1, 160)
+    expected = attention_reference(*(x.double() for x in (q, k, v)), 160**-0.5)[0]
+    assert_close(ops.causal_attention(q, k, v), expected, F32)
+    monkeypatch.setattr(backends, "forced", lambda: "triton")
+    with pytest.raises(
+        InputError, match="backend 'triton' was asked for and serves head dimensions up to 128 in float32"
+    ):
+        ops.causal_attention(q, k, v)
 
 
 @pytest.fixture
