@@ -50,4 +50,8 @@ STABLE_TORCH_LIBRARY(pygpt, m) {
   // GELU with the tanh approximation, elementwise
   m.def("gelu_forward(Tensor x) -> Tensor");
   m.def("gelu_backward(Tensor grad, Tensor x) -> Tensor");
+  // x (..., C), bias (C,) of one dtype: gelu(x + bias); on GPUs alone
+  m.def("bias_gelu_forward(Tensor x, Tensor bias) -> Tensor");
+  // -> grad_x, grad_bias
+  m.def("bias_gelu_backward(Tensor grad, Tensor x, Tensor bias) -> (Tensor, Tensor)");
 }

@@ -81,6 +81,13 @@ def test_attention_dropout_drops_what_the_reference_drops(column):
     assert_close(out, expected, F32)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize(("rows", "C"), [(4096, 3072), (1000, 6400), (77, 1023)])
+def test_gelu(column, rows, C, dtype):
+    check(ops.gelu, [draw(rows, C, dtype=dtype)], dtype)
+    check(ops.gelu, [draw(rows, C, dtype=dtype), draw(C, dtype=dtype, seed=1)], dtype)
+
+
 @pytest.mark.parametrize("ids", ["uniform", "hot", "one"])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_embedding(column, ids, dtype):

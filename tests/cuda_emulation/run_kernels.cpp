@@ -8,6 +8,7 @@
 
 #include "cuda/attention.h"
 #include "cuda/embedding.h"
+#include "cuda/gelu.h"
 #include "cuda/layer_norm.h"
 
 namespace {
@@ -56,6 +57,19 @@ void embedding(DType dtype, int64_t B, int64_t T_, int64_t V, int64_t C) {
 }
 
 template <class T>
+void gelu(DType dtype, int64_t rows, int64_t C, bool biased) {
+  Buffer<T> x(rows * C), bias(C), y(rows * C), grad(rows * C), grad_x(rows * C), grad_bias(C);
+  Buffer<float> partial(gelu_partials(rows, C, dtype, kAt.multiprocessors) * C);
+  Gelu p{.dtype = dtype, .x = x.data, .bias = biased ? bias.data : nullptr, .y = y.data, .count = rows * C, .C = C};
+  gelu_forward(p, kAt);
+  p.grad = grad.data;
+  p.grad_x = grad_x.data;
+  p.grad_bias = grad_bias.data;
+  p.partial = partial.data;
+  gelu_backward(p, kAt);
+}
+
+template <class T>
 void attention(DType dtype, int B, int T_, int S, int H, int D, bool dropout, int document = 0) {
   const int64_t queries = int64_t(B) * T_ * H * D, keys = int64_t(B) * S * H * D, rows = int64_t(B) * H * T_;
   Buffer<T> q(queries), k(keys), v(keys), out(queries), grad(queries), grad_q(queries), grad_k(keys), grad_v(keys);
@@ -101,6 +115,12 @@ int main(int argc, char** argv) {
   embedding<float>(DType::f32, 2, 37, 300, 72);
   embedding<__nv_bfloat16>(DType::bf16, 1, 1100, 7, 5);
   puts("embedding");
+  for (const bool biased : {false, true}) {
+    gelu<float>(DType::f32, 9, 33, biased);
+    gelu<__nv_bfloat16>(DType::bf16, 70, 264, biased);
+    gelu<__half>(DType::f16, 3, 2056, biased);
+  }
+  puts("gelu");
   for (const auto& [rows, C] : {std::pair<int64_t, int64_t>{1, 1}, {3, 7}, {21, 72}, {3, 1608}}) {
     layer_norm<float>(DType::f32, rows, C);
     layer_norm<__nv_bfloat16>(DType::bf16, rows, C);
