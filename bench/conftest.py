@@ -6,17 +6,6 @@ from pathlib import Path
 
 import harness
 import pytest
-import torch
-
-
-@pytest.fixture(params=harness.DTYPES)
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return harness.DTYPES[request.param]
-
-
-@pytest.fixture(params=["forward", "forward+backward"])
-def passes(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,34 +1,28 @@
-"""Times one of pygpt's ops and its eager PyTorch peer in turns, so that noise hits both, and tabulates the medians.
+"""pytest-benchmark's side of the benches: times one of pygpt's ops and its eager PyTorch peer in turns, so that noise hits
+both, and tabulates the medians.
 
-Each round is one timing of the peer (pytest-benchmark's untimed `setup`) and one of ours. Before timing, the two results
-are compared: a benchmark of wrong results measures nothing. GB/s counts each input and output once, and attention's
-FLOPs count the visible half of the scores only.
+Each round is one timing of the peer (pytest-benchmark's untimed `setup`) and one of ours, in an order that changes from
+round to round: peer, ours, ours, peer. Before timing, the two results are compared: a benchmark of wrong results measures
+nothing. Ops, shapes and peers are those of `pygpt bench`; both sides run in this one process, as its allocator comes.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
-import subprocess
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-import pygpt
-from pygpt.ops import backends
+from pygpt.bench.ops import OPS
+from pygpt.bench.timing import DTYPES, commit, disagreement, machine, seconds
 
 SECONDS = 1.5  # per case, ours and the peer together
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Largest difference from the peer, of the largest value. Tests hold the ops to far less, against float64; but torch sums
-# LayerNorm's bfloat16 weight gradients in bfloat16, which is 9% off over 4,096 rows (ours: 0.3%).
-AGREE = {torch.float32: 1e-4, torch.bfloat16: 0.2}
 
 
 @dataclass(frozen=True)
@@ -60,64 +54,49 @@ class Row:
 ROWS: list[Row] = []
 
 
-def forward_backward(
-    function: Callable[[], Any], inputs: list[torch.Tensor], cotangents: list[torch.Tensor]
-) -> Callable[[], list[torch.Tensor]]:
-    """A call that runs `function` and returns its outputs and the gradients of `inputs`."""
+def bench_of(name: str) -> Callable[..., None]:
+    """The bench of an op: over its shapes, its passes and the dtypes."""
+    op = OPS[name]
 
-    def run() -> list[torch.Tensor]:
-        outputs = function()
-        outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
-        return outputs + list(torch.autograd.grad(outputs, inputs, cotangents))
+    @pytest.mark.parametrize("passes", op.passes)
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("case", op.shapes)
+    def bench(benchmark: Any, case: str, dtype: str, passes: str) -> None:
+        compare(benchmark, name, case, dtype, passes)
 
-    return run
+    return bench
 
 
-def compare(
-    benchmark: Any,
-    ours: Callable[[], Any],
-    peer: Callable[[], Any],
-    *,
-    op: str,
-    case: str,
-    dtype: torch.dtype,
-    passes: str,
-    peer_name: str,
-    work: float,
-    unit: str,
-) -> None:
-    """Time both and add a Row. work: bytes (unit "GB/s") or floating-point operations (unit "GFLOP/s") of one call.
-
-    A forward pass alone is that of generation and evaluation, without autograd; training always runs both passes.
-    """
-    ours, peer = (torch.no_grad()(f) if passes == "forward" else f for f in (ours, peer))
-    _check_agreement(ours(), peer(), dtype)
-    once = min(_seconds(ours, 1), _seconds(ours, 1)) + min(_seconds(peer, 1), _seconds(peer, 1))
+def compare(benchmark: Any, op: str, case: str, dtype: str, passes: str) -> None:
+    """Time both and add a Row."""
+    torch.manual_seed(0)
+    pair = OPS[op].make(OPS[op].shapes[case], DTYPES[dtype], "cpu")
+    ours, peer = (pair.call(side, passes) for side in (True, False))
+    assert not (problem := disagreement(ours(), peer(), DTYPES[dtype])), problem
+    once = min(seconds(ours), seconds(ours)) + min(seconds(peer), seconds(peer))
     calls = max(1, round(1e-3 / once))  # per round, so that a round is long against the clock
-    rounds = min(200, max(11, int(SECONDS / (once * calls))))
+    rounds = min(200, max(12, int(SECONDS / (once * calls)))) // 2 * 2
     peer_times: list[float] = []
-    benchmark.pedantic(
-        lambda: _seconds(ours, calls),
-        setup=lambda: peer_times.append(_seconds(peer, calls) / calls),
-        rounds=rounds,
-        iterations=1,
-    )
+    turns = peer_turns(lambda: peer_times.append(seconds(peer, calls) / calls), rounds)
+    benchmark.pedantic(lambda: seconds(ours, calls), setup=turns, rounds=rounds, iterations=1)
+    turns()
     if benchmark.stats is None:  # --benchmark-disable: only the comparison above was wanted
         return
     our_time, peer_time = benchmark.stats.stats.median / calls, statistics.median(peer_times)
+    work = pair.work[passes]
     row = Row(
         op=op,
         case=case,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype,
         passes=passes,
-        peer=peer_name,
+        peer=pair.peer_name,
         our_ms=our_time * 1e3,
         peer_ms=peer_time * 1e3,
         speedup=peer_time / our_time,
         best_speedup=min(peer_times) / (benchmark.stats.stats.min / calls),
         our_rate=work / our_time / 1e9,
         peer_rate=work / peer_time / 1e9,
-        unit=unit,
+        unit=pair.unit,
         threads=torch.get_num_threads(),
         rounds=rounds,
         commit=commit(),
@@ -127,53 +106,34 @@ def compare(
     ROWS.append(row)
 
 
-def _seconds(function: Callable[[], Any], calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        function()
-    return time.perf_counter() - start
+def peer_turns(time_peer: Callable[[], None], rounds: int) -> Callable[[], None]:
+    """To be called before each of `rounds` (an even number) of ours and once after the last: peer, ours, ours, peer, ...
 
+    Whoever always goes first finds other caches, and other freed memory, than whoever follows.
+    """
+    done = 0
 
-def _check_agreement(ours: Any, peer: Any, dtype: torch.dtype) -> None:
-    ours, peer = ([x] if isinstance(x, torch.Tensor) else list(x) for x in (ours, peer))
-    for a, b in zip(ours, peer, strict=True):
-        assert a.shape == b.shape
-        error, largest = (a.double() - b.double()).abs().max(), b.double().abs().max()
-        assert error <= AGREE[dtype] * largest, f"results differ by {error:.3g} where values reach {largest:.3g}"
+    def turn() -> None:
+        nonlocal done
+        if done % 2 == 0:
+            for _ in range(1 if done in (0, rounds) else 2):
+                time_peer()
+        done += 1
 
-
-def commit() -> str:
-    """The commit of the working tree, with + where it holds changes; "unknown" outside a repository."""
-    run = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **run)  # type: ignore[call-overload]
-    changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **run)  # type: ignore[call-overload]
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "") if head.returncode == 0 else "unknown"
-
-
-def cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
-    level = backends.extension.cpu_capability() if backends.extension else "no compiled extension"
-    return {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "capability": level,
-        "torch": torch.__version__,
-        "pygpt": pygpt.__version__,
-        "python": platform.python_version(),
-        "system": platform.system(),
-        "load": round(os.getloadavg()[0], 1),
-    }
+    return turn
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in ("op", "case", "dtype", "passes", "peer", "threads"))
+
+
+def results_folder(results: Path) -> Path:
+    """The folder of this machine's results, made where it is missing."""
+    about = machine()
+    words = f"{about['cpu']} {about['cores']} cores {about['capability']}".lower().replace("_", " ")
+    target = results / "-".join("".join(c if c.isalnum() else " " for c in words).split())
+    target.mkdir(parents=True, exist_ok=True)
+    return target
 
 
 def write_results(folder: Path) -> Path:
@@ -182,9 +142,7 @@ def write_results(folder: Path) -> Path:
     A run of one op's bench replaces that op's rows and keeps the others, each with the commit it was measured at.
     """
     about = machine()
-    words = f"{about['cpu']} {about['cores']} cores {about['capability']}".lower().replace("_", " ")
-    target = folder / "-".join("".join(c if c.isalnum() else " " for c in words).split())
-    target.mkdir(parents=True, exist_ok=True)
+    target = results_folder(folder)
     path = target / "cpu.json"
     rows = {_key(row): row for row in (json.loads(path.read_text())["results"] if path.exists() else [])}
     rows.update({_key(asdict(row)): asdict(row) for row in ROWS})

@@ -3,7 +3,7 @@
     python bench/shakespeare.py path/to/tiny_shakespeare.txt
 
 Two models train in turns of 100 steps, on the same batches and in one process, so that noise hits both: pygpt's GPT, and
-a plain PyTorch GPT in nanoGPT's style (baseline.py) with the optimizer that nanoGPT uses on a CPU. 2,000 steps each.
+a plain PyTorch GPT in nanoGPT's style (`pygpt.bench.baseline`) with the optimizer that nanoGPT uses on a CPU. 2,000 steps each.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import baseline
-
 from pygpt import GPT, GPTConfig
+from pygpt.bench import baseline
 from pygpt.data import PrepareConfig, RandomOffsets, load_tokens, prepare
 from pygpt.optim import cosine_with_warmup
 

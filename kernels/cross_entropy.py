@@ -7,20 +7,26 @@ whole in memory. (Gradients in the forward pass and in place: Liger-Kernel, Hsu 
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pygpt.kernels.device import FUSED, cdiv, next_power_of_2
+from pygpt.kernels.device import FUSED, cdiv, up_to
 
 CHUNK_BYTES = 128 << 20  # of logits held at a time
 
 
-def config(V: int) -> tuple[int, int]:
-    """(columns of a block, warps): 8 values a thread, a row of GPT-2's vocabulary in 13 blocks."""
-    block = min(max(next_power_of_2(V), 128), 4096)
-    return block, max(1, block // 256)
+class Config(NamedTuple):
+    block: int  # columns of a tile
+    warps: int
+
+
+# Vocabulary up to this -> tile of 8 values a thread, a row of GPT-2's in 13; tests/test_triton_compile.py walks the table.
+TILES = ((256, Config(256, 1)), (1024, Config(1024, 4)), (math.inf, Config(4096, 16)))
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
@@ -66,11 +72,11 @@ def loss_and_gradient_(logits: Tensor, targets: Tensor, gradient: bool, ignore_i
     """
     N, V = logits.shape
     losses = logits.new_empty(N, dtype=torch.float32)
-    block, warps = config(V)
+    tile = up_to(TILES, V)
     if N:
         _loss_and_gradient_kernel[(N,)](
             logits, targets, losses, logits.stride(0), V, ignore_index,
-            WRITE=gradient, BLOCK=block, num_warps=warps, **FUSED,
+            WRITE=gradient, BLOCK=tile.block, num_warps=tile.warps, **FUSED,
         )  # fmt: skip
     return losses
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +36,14 @@ def multiprocessors(x: Tensor) -> int:
 def l2_bytes(x: Tensor) -> int:
     """Size of the second-level cache in bytes."""
     return _properties(x.get_device())[2] if x.is_cuda else 50 << 20
+
+
+Tile = TypeVar("Tile")
+
+
+def up_to(table: Iterable[tuple[float, Tile]], n: int) -> Tile:
+    """Of a table of (largest n, configuration), ascending, the first configuration that n is not too large for."""
+    return next(tile for largest, tile in table if n <= largest)
 
 
 def cdiv(a: int, b: int) -> int:

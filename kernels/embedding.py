@@ -12,6 +12,7 @@ Ids outside [0, V) give rows of NaN in forward and are left out in backward: a k
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pygpt.kernels.device import FUSED, cdiv, next_power_of_2
+from pygpt.kernels.device import FUSED, cdiv, up_to
 
 
 class Config(NamedTuple):
@@ -28,17 +29,18 @@ class Config(NamedTuple):
     warps: int
 
 
-PIECE = 16  # sorted positions that one program adds up
-
-
-def forward_config(C: int) -> Config:
-    """16-byte accesses by whole warps, a few rows in flight."""
-    block = min(next_power_of_2(C), 1024)
-    return Config(max(1, 2048 // block), block, 4)
-
-
-def backward_config(C: int) -> Config:
-    return Config(PIECE, min(max(next_power_of_2(C), 16), 128), 4)
+# Columns up to this -> tile; tests/test_triton_compile.py walks the tables.
+FORWARD = (  # 16-byte accesses by whole warps, a few rows in flight
+    (64, Config(32, 64, 4)),
+    (256, Config(8, 256, 4)),
+    (math.inf, Config(2, 1024, 4)),
+)
+PIECES = (  # rows: the sorted positions that one program adds up
+    (64, Config(16, 64, 4)),
+    (math.inf, Config(16, 128, 4)),
+)
+FINISH = ((64, Config(16, 64, 4)), (math.inf, Config(16, 128, 4)))
+POSITIONS = ((64, Config(16, 64, 4)), (math.inf, Config(4, 256, 4)))
 
 
 @triton.jit
@@ -164,7 +166,7 @@ def embedding_forward(idx: Tensor, token_table: Tensor, position_table: Tensor |
     (B, T), (V, C) = idx.shape, token_table.shape
     out = token_table.new_empty(B, T, C)
     if out.numel():
-        tile = forward_config(C)
+        tile = up_to(FORWARD, C)
         _forward_kernel[(cdiv(B * T, tile.rows), cdiv(C, tile.block))](
             idx, token_table, position_table, out, B * T, T, C, V, position_offset,
             ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps, **FUSED,
@@ -186,22 +188,25 @@ def embedding_backward_(
     # 32-bit keys halve the radix sort's passes; ids that do not fit are clamped, and so stay outside the vocabulary.
     keys = idx.flatten().clamp(-1, V).to(torch.int32) if V < 2**31 else idx.flatten()
     ids, order = torch.sort(keys, stable=True)
-    tile = backward_config(C)
-    pieces, columns = cdiv(tokens, tile.rows), cdiv(C, tile.block)
+    tile = up_to(PIECES, C)
+    piece, pieces = tile.rows, cdiv(tokens, tile.rows)
     partial = grad.new_empty(pieces, 2, C, dtype=torch.float32)
-    _pieces_kernel[(pieces, columns)](
+    _pieces_kernel[(pieces, cdiv(C, tile.block))](
         grad, ids, order, token_grad, partial, tokens, C, V,
-        PIECE=tile.rows, BLOCK=tile.block, num_warps=tile.warps, **FUSED,
+        PIECE=piece, BLOCK=tile.block, num_warps=tile.warps, **FUSED,
     )  # fmt: skip
     if pieces > 1:
-        _finish_kernel[(pieces - 1, columns)](
+        tile = up_to(FINISH, C)
+        _finish_kernel[(pieces - 1, cdiv(C, tile.block))](
             ids, token_grad, partial, tokens, C, V,
-            PIECE=tile.rows, BLOCK=tile.block, ROWS=16, num_warps=4, **FUSED,
+            PIECE=piece, BLOCK=tile.block, ROWS=tile.rows, num_warps=tile.warps, **FUSED,
         )  # fmt: skip
     if position_grad is not None:
-        _position_kernel[(cdiv(T, 4), cdiv(C, 256))](
-            grad, position_grad, B, T, C, position_offset, ROWS=4, BLOCK=256, num_warps=4, **FUSED
-        )
+        tile = up_to(POSITIONS, C)
+        _position_kernel[(cdiv(T, tile.rows), cdiv(C, tile.block))](
+            grad, position_grad, B, T, C, position_offset,
+            ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps, **FUSED,
+        )  # fmt: skip
 
 
 def embedding_backward(

@@ -6,6 +6,7 @@ registers, as layer_norm does with its weight gradients: deterministic, and no s
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pygpt.kernels.device import FUSED, cdiv, multiprocessors, next_power_of_2
+from pygpt.kernels.device import FUSED, cdiv, multiprocessors, up_to
 from pygpt.kernels.layer_norm import sum_partials
 
 SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
@@ -27,10 +28,8 @@ class Config(NamedTuple):
     warps: int
 
 
-def config(C: int) -> Config:
-    """Tiles of 2,048 values, 16 a thread, of up to 512 columns."""
-    block = min(next_power_of_2(C), 512)
-    return Config(2048 // block, block, 4)
+# Columns up to this -> tile of 2,048 values, 16 a thread; tests/test_triton_compile.py walks the table.
+TILES = ((64, Config(32, 64, 4)), (256, Config(8, 256, 4)), (math.inf, Config(4, 512, 4)))
 
 
 @triton.jit
@@ -94,7 +93,7 @@ def bias_gelu_forward(x: Tensor, bias: Tensor | None) -> Tensor:
     y = torch.empty_like(x)
     if x.numel():
         C = _columns(x)
-        rows, tile = x.numel() // C, config(C)
+        rows, tile = x.numel() // C, up_to(TILES, C)
         _forward_kernel[(cdiv(rows, tile.rows), cdiv(C, tile.block))](
             x, bias, y, rows, C, ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps, **FUSED
         )
@@ -108,7 +107,7 @@ def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Te
     if x.numel() == 0:
         return grad_x, x.new_zeros(0) if bias is None else torch.zeros_like(bias)
     C = _columns(x)
-    rows, tile = x.numel() // C, config(C)
+    rows, tile = x.numel() // C, up_to(TILES, C)
     columns = cdiv(C, tile.block)
     programs = min(cdiv(multiprocessors(x) * 8, columns), cdiv(rows, tile.rows))
     partial = x.new_empty(1, programs, 0 if bias is None else C, dtype=torch.float32)

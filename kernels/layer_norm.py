@@ -9,6 +9,7 @@ the shape and the device alone: same inputs, same bits.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -16,9 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pygpt.kernels.device import FUSED, cdiv, multiprocessors, next_power_of_2
-
-WIDE = 8192  # columns; above, a row and its weight gradients no longer fit in a program's registers
+from pygpt.kernels.device import FUSED, cdiv, multiprocessors, up_to
 
 
 class Config(NamedTuple):
@@ -27,20 +26,32 @@ class Config(NamedTuple):
     warps: int
 
 
-def forward_config(C: int) -> Config:
-    """Up to 1,024 columns a single warp has the row and reduces without shared memory; above, 32 values a thread."""
-    block = next_power_of_2(C)
-    rows = max(1, 1024 // block)
-    return Config(rows, block, min(max(1, rows * block // 1024), 16))
-
-
-def backward_config(C: int) -> Config:
-    """16 values a thread of each of x, grad, weight and the two accumulators."""
-    if C > WIDE:
-        return Config(4, 1024, 8)
-    block = next_power_of_2(C)
-    rows = max(1, 2048 // block)
-    return Config(rows, block, min(max(4, rows * block // 512), 16))
+# Columns up to this -> tile; tests/test_triton_compile.py walks these tables. A tile holds whole rows, and in the last
+# line of each table, where they do not fit in registers, a block of columns (the kernels named "wide").
+FORWARD = (  # up to 1,024 columns a single warp has the row and reduces without shared memory; 32 values a thread
+    (64, Config(16, 64, 1)),
+    (128, Config(8, 128, 1)),
+    (256, Config(4, 256, 1)),
+    (512, Config(2, 512, 1)),
+    (1024, Config(1, 1024, 1)),
+    (2048, Config(1, 2048, 2)),
+    (4096, Config(1, 4096, 4)),
+    (8192, Config(1, 8192, 8)),
+    (16384, Config(1, 16384, 16)),
+    (math.inf, Config(1, 4096, 8)),
+)
+BACKWARD = (  # 16 values a thread of each of x, grad, weight and the two accumulators
+    (64, Config(32, 64, 4)),
+    (128, Config(16, 128, 4)),
+    (256, Config(8, 256, 4)),
+    (512, Config(4, 512, 4)),
+    (1024, Config(2, 1024, 4)),
+    (2048, Config(1, 2048, 4)),
+    (4096, Config(1, 4096, 8)),
+    (8192, Config(1, 8192, 16)),
+    (math.inf, Config(4, 1024, 8)),
+)
+SUM_PARTIALS = Config(64, 32, 4)
 
 
 @triton.jit
@@ -68,6 +79,50 @@ def _forward_kernel(
     if bias_ptr is not None:
         y += tl.load(bias_ptr + col, mask=col < C, other=0.0).to(tl.float32)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _forward_wide_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, sum_ptr, y_ptr, mean_ptr, rstd_ptr,
+    rows, C, eps,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A row by blocks of columns, three times over: the second and third look come from the cache."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    x_ptr += row * C
+    if residual_ptr is not None:
+        residual_ptr += row * C
+        sum_ptr += row * C
+    mean = tl.zeros([BLOCK], tl.float32)
+    for left in range(0, C, BLOCK):
+        col = left + lane
+        x = tl.load(x_ptr + col, mask=col < C, other=0.0).to(tl.float32)
+        if residual_ptr is not None:
+            x += tl.load(residual_ptr + col, mask=col < C, other=0.0).to(tl.float32)
+            total = x.to(sum_ptr.dtype.element_ty)
+            tl.store(sum_ptr + col, total, mask=col < C)  # read again below, after the barrier of the sum
+            x = total.to(tl.float32)
+        mean += x
+    mean = tl.sum(mean, axis=0) / C
+    if residual_ptr is not None:
+        x_ptr = sum_ptr
+    square = tl.zeros([BLOCK], tl.float32)
+    for left in range(0, C, BLOCK):
+        col = left + lane
+        x = tl.load(x_ptr + col, mask=col < C, other=0.0).to(tl.float32)
+        centred = tl.where(col < C, x - mean, 0.0)
+        square += centred * centred
+    rstd = 1.0 / tl.sqrt(tl.sum(square, axis=0) / C + eps)
+    tl.store(mean_ptr + row, mean)
+    tl.store(rstd_ptr + row, rstd)
+    for left in range(0, C, BLOCK):
+        col = left + lane
+        x = tl.load(x_ptr + col, mask=col < C, other=0.0).to(tl.float32)
+        y = (x - mean) * rstd * tl.load(weight_ptr + col, mask=col < C, other=0.0).to(tl.float32)
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + col, mask=col < C, other=0.0).to(tl.float32)
+        tl.store(y_ptr + row * C + col, y.to(y_ptr.dtype.element_ty), mask=col < C)
 
 
 @triton.jit
@@ -176,8 +231,9 @@ def sum_partials(partial: Tensor, dtype: torch.dtype) -> list[Tensor]:
     shares, programs, C = partial.shape
     out = [partial.new_empty(C, dtype=dtype) for _ in range(shares)]
     second = out[1] if shares == 2 else None
-    sum_partials_kernel[(cdiv(C, 32), shares)](
-        partial, out[0], second, programs, C, ROWS=64, BLOCK=32, num_warps=4, **FUSED
+    tile = SUM_PARTIALS
+    sum_partials_kernel[(cdiv(C, tile.block), shares)](
+        partial, out[0], second, programs, C, ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps, **FUSED
     )
     return out
 
@@ -194,8 +250,9 @@ def _forward(
     mean = x.new_empty(rows, dtype=torch.float32)
     rstd = torch.empty_like(mean)
     if rows:
-        tile = forward_config(C)
-        _forward_kernel[(cdiv(rows, tile.rows),)](
+        tile = up_to(FORWARD, C)
+        kernel = _forward_wide_kernel if tile.block < C else _forward_kernel
+        kernel[(cdiv(rows, tile.rows),)](
             x, residual, weight, bias, total, y, mean, rstd, rows, C, eps,
             ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps, **FUSED,
         )  # fmt: skip
@@ -212,11 +269,11 @@ def _backward(
     grad_x = torch.empty_like(x)
     if rows == 0:
         return grad_x, torch.zeros_like(weight), weight.new_zeros(C if has_bias else 0)
-    tile = backward_config(C)
+    tile = up_to(BACKWARD, C)
     # A program's share of the weight gradients takes 8 C bytes: with few tiles each, they would outweigh the rows.
     programs = min(multiprocessors(x) * max(1, 16 // tile.warps), cdiv(rows, tile.rows * 4))
     partial = x.new_empty(1 + has_bias, programs, C, dtype=torch.float32)
-    kernel = _backward_wide_kernel if C > WIDE else _backward_kernel
+    kernel = _backward_wide_kernel if tile.block < C else _backward_kernel
     kernel[(programs,)](
         grad, grad_sum, x, weight, mean, rstd, grad_x, partial, rows, C,
         HAS_BIAS=has_bias, ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps, **FUSED,

@@ -33,7 +33,7 @@ class SamplingConfig(Sampling):
     """What `generate` and `chat` have in common."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """A run's folder, a checkpoint or a model folder."""
+    """A run's folder (its best checkpoint), a checkpoint or a model folder."""
     max_new_tokens: int = 200
     """Tokens to generate at most; a text also ends at end-of-text."""
     temperature: float = 0.8
@@ -97,7 +97,7 @@ class ChatConfig(SamplingConfig):
 
 def generate(config: GenerateConfig) -> None:
     """Print prompts and their continuations, or with `instruct` the answers: each as it is generated, one after the other."""
-    model, tokenizer, folder = _load(config, config.instruct)
+    model, tokenizer, folder = _load(config)
     texts, stop = list(config.prompt) or [""], list(config.stop)
     prompts: list[str] | list[list[int]] = texts
     if config.instruct:
@@ -121,7 +121,7 @@ def generate(config: GenerateConfig) -> None:
 def chat(config: ChatConfig, console: Console | None = None) -> None:
     """Answer messages from the terminal or the standard input until it ends."""
     notices = console or Console(stderr=True)
-    model, tokenizer, folder = _load(config, instruct=True)
+    model, tokenizer, folder = _load(config)
     template = load_template(folder)
     room = min(config.max_new_tokens, model.config.block_size // 2)
     conversation = Conversation(template, tokenizer, model.config.block_size, room, config.system)
@@ -217,9 +217,9 @@ def _messages(notices: Console) -> Iterator[str]:
             yield message
 
 
-def _load(config: SamplingConfig, instruct: bool) -> tuple[GPT, Tokenizer, Path]:
-    """The model, its tokenizer and its folder: of a run that learned to answer the best checkpoint, else the latest."""
-    folder = resolve_checkpoint(config.run, prefer_best=instruct)
+def _load(config: SamplingConfig) -> tuple[GPT, Tokenizer, Path]:
+    """The model, its tokenizer and its folder."""
+    folder = resolve_checkpoint(config.run)
     device = resolve_device(config.device)
     model, tokenizer = load_with_tokenizer(folder)
     return model.to(device), tokenizer, folder

@@ -122,7 +122,7 @@ class Classifier(nn.Module):
     def from_pretrained(cls, path: str | Path) -> Classifier:
         """Load a classifier from a run (its best checkpoint) or a model folder: pygpt's, or a GPT-2 with a classification
         head that `transformers` saved. Raises InputError for a model without such a head."""
-        folder = pretrained.resolve_checkpoint(path, prefer_best=True)
+        folder = pretrained.resolve_checkpoint(path)
         gpt = GPT.from_pretrained(folder)
         score = _read_head(folder)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

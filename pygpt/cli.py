@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import pygpt
+from pygpt.bench import BenchConfig, bench
 from pygpt.chat import ChatConfig, GenerateConfig, chat, generate
 from pygpt.data import PrepareConfig, prepare
 from pygpt.data.registry import DataConfig, data
@@ -45,6 +46,7 @@ COMMANDS: dict[str, type] = {
     "eval": EvaluateConfig,
     "embeddings": EmbeddingsConfig,
     "export": ExportConfig,
+    "bench": BenchConfig,
 }
 
 
@@ -136,6 +138,8 @@ def run(command: object) -> None:
                 console.print(result.scores.table("labels"))
         case ExportConfig():
             export(command, console)
+        case BenchConfig():
+            bench(command, console)
 
 
 def info(console: Console) -> None:

@@ -40,7 +40,7 @@ class EmbeddingsConfig:
     """
 
     run: Annotated[Path, tyro.conf.Positional]
-    """A run's folder, a checkpoint, a model folder, or a file of vectors in word2vec's text format."""
+    """A run's folder (its best checkpoint), a checkpoint, a model folder, or a file of vectors in word2vec's text format."""
     near: tuple[str, ...] = ()
     """Show the tokens nearest to each of these words, by the cosine of the angle between the vectors."""
     count: int = 10

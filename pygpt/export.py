@@ -38,7 +38,7 @@ class ExportConfig:
     """Write a model and its tokenizer for Hugging Face's libraries and lm-evaluation-harness."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """A run's folder (its latest checkpoint, a classifier's best one), a checkpoint or a model folder."""
+    """A run's folder (its best checkpoint), a checkpoint or a model folder."""
     out: Annotated[Path, tyro.conf.Positional]
     """Folder to write: a new or an empty one."""
 
@@ -54,8 +54,6 @@ def export(config: ExportConfig, console: Console | None = None) -> Path:
         raise InputError(f"'{out}' exists already: choose a new folder")
     folder = pretrained.resolve_checkpoint(config.run)
     classifies = _is_classifier(folder)
-    if classifies:  # its best checkpoint is the one that classifies
-        folder = pretrained.resolve_checkpoint(config.run, prefer_best=True)
     model = Classifier.from_pretrained(folder) if classifies else GPT.from_pretrained(folder)
     tokenizer = pretrained.checkpoint_tokenizer(folder, model.config.vocab_size)
     if tokenizer is None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pygpt.errors import InputError, InputTypeError
-from pygpt.ops.adamw import adamw_
+from pygpt.ops.adamw import adamw_, global_norm
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -29,7 +29,7 @@ class AdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter, 2019) for parameters in float32, or in bfloat16 / float16 with float32 masters.
 
     State per parameter: `step`, `exp_avg` and `exp_avg_sq`, float32, and `master` where the parameter is in low precision.
-    Interface and numbers are those of `torch.optim.AdamW(fused=True)`.
+    Interface and numbers, to rounding, are those of `torch.optim.AdamW(fused=True)`.
 
     A parameter that was changed between two steps (weights loaded, averaged, reset) keeps its new values: the master
     follows it. Raises InputError for settings out of range, InputTypeError for parameters or gradients it cannot update.
@@ -151,7 +151,7 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     is computed in float32 (there it is rounded to bfloat16, tensor by tensor).
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = _norm(grads)
+    norm = global_norm(grads)
     if grads and max_norm > 0:
         torch._foreach_mul_(grads, _factor(norm, max_norm))
     return norm
@@ -163,14 +163,8 @@ def clip_factor(parameters: Iterable[Tensor], max_norm: float) -> tuple[Tensor, 
 
     grad_factor is None where max_norm is 0. The gradients are left as they are.
     """
-    norm = _norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    norm = global_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     return norm, _factor(norm, max_norm) if max_norm > 0 else None
-
-
-def _norm(grads: list[Tensor]) -> Tensor:
-    if not grads:
-        return torch.zeros(())
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)))
 
 
 def _factor(norm: Tensor, max_norm: float) -> Tensor:

@@ -220,14 +220,14 @@ def checkpoints(run: Path) -> list[Path]:
     )
 
 
-def resolve_checkpoint(path: str | Path, prefer_best: bool = False) -> Path:
-    """The model folder that a user means: the folder itself, or a run's latest checkpoint; with prefer_best, the run's
-    best one (RUN/checkpoints/best) where it has one."""
+def resolve_checkpoint(path: str | Path) -> Path:
+    """The model folder that a user means: the folder itself, or a run's best checkpoint (RUN/checkpoints/best, the lowest
+    validation loss); of a run that was never evaluated, its latest."""
     folder = Path(path)
     if (folder / "config.json").is_file():
         return folder
     best = folder / "checkpoints" / "best"
-    if prefer_best and (best / "config.json").is_file():
+    if (best / "config.json").is_file():
         return best
     found = checkpoints(folder)
     if found:

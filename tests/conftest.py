@@ -4,6 +4,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+# Before torch is imported. Test processes side by side have more threads than the machine has cores: a thread that spins
+# while it waits for another keeps that one from running, and operators of microseconds take a hundred times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 from hypothesis import settings

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from pygpt.data import load_tokens
 from pygpt.ops import backends
 from pygpt.tokenizer import CharTokenizer, load_tokenizer
 from pygpt.train import resolve_checkpoint
+from pygpt.train.checkpoint import checkpoints
 from pygpt.train.metrics import read_metrics
 
 TEXT = "".join(f"{i} + {j} = {i + j}; " + "naïve café 🙂\n" * (j == 0) for i in range(40) for j in range(25))
@@ -207,12 +209,12 @@ def test_interrupted_by_ctrl_c_and_resumed(data, run, one_thread):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert "Traceback" not in err
-    step = int(resolve_checkpoint("stopped").name.removeprefix("step_"))
+    step = int(checkpoints(Path("stopped"))[-1].name.removeprefix("step_"))
     if step < 30:  # it may have been quicker than the signal
         assert "--resume" in out
         assert "topping after this step" in err
         assert main([*command[3:], "--resume"]) == 0
-    weights = [resolve_checkpoint(name) / "model.safetensors" for name in ("straight", "stopped")]
+    weights = [checkpoints(Path(name))[-1] / "model.safetensors" for name in ("straight", "stopped")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
@@ -229,6 +231,29 @@ def test_continued_pretraining(run, data, capsys):
     original = GPT.from_pretrained(resolve_checkpoint("run"))
     assert torch.equal(model.transformer.wpe.weight, original.transformer.wpe.weight[:8])
     assert torch.equal(model.transformer.h[0].mlp.c_fc.weight, original.transformer.h[0].mlp.c_fc.weight)
+
+
+def test_commands_read_the_best_checkpoint(run, data, capsys):
+    """Without any other: what follows it in a run is there for --resume only."""
+
+    def says() -> list[str]:
+        found = []
+        for command in (["eval", "run", "--data", "data"], ["generate", "run", "--temperature", "0"]):
+            capsys.readouterr()
+            assert main([*command, "--device", "cpu"]) == 0
+            found.append(capsys.readouterr().out)
+        assert main(["export", "run", "exported"]) == 0
+        shutil.rmtree("exported")
+        return found
+
+    expected = says()
+    for checkpoint in checkpoints(run):
+        (checkpoint / "model.safetensors").write_bytes(b"damaged")
+    assert says() == expected
+    weights = Path("run/checkpoints/best/model.safetensors")
+    weights.write_bytes(b"damaged")
+    assert main(["embeddings", "run", "--near", "a"]) == 2
+    assert f"'{weights}' cannot be read" in capsys.readouterr().err
 
 
 def test_sliding_windows_and_bfloat16(data):
@@ -297,7 +322,7 @@ def test_what_cannot_be_resumed(run, data, fails):
     assert "'run/dataset.json', which says" in fails(*again, "--steps", "40")
     Path("dataset.json").rename("run/dataset.json")
     again = again[:-4]
-    (resolve_checkpoint("run") / "training.safetensors").unlink()
+    (checkpoints(Path("run"))[-1] / "training.safetensors").unlink()
     assert "training.safetensors" in fails(*again, "--out", "run", "--steps", "40")
 
 

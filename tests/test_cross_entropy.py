@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from common import assert_close, double, leaf
 
+from pygpt import use_backend
 from pygpt.ops import cross_entropy, linear_cross_entropy
 from pygpt.ops.cross_entropy import linear_cross_entropy_reference
 
@@ -85,3 +87,54 @@ def test_bad_input():
         linear_cross_entropy(hidden, weight, targets.float())
     with pytest.raises(TypeError, match="dtype"):
         linear_cross_entropy(hidden, weight.double(), targets)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("V", [1, 15, 16, 1023, 1025, 5001])
+def test_compiled_rows_match_float64(capability, V, dtype):
+    """Every length of a tail; a maximum in any block, at the target or not; masked, equal and huge logits; ignored rows."""
+    generator = torch.Generator().manual_seed(V)
+    logits = (torch.randn(9, V, generator=generator) * 5).to(dtype)
+    targets = torch.randint(V, (9,), generator=generator)
+    logits[1] = 3.0
+    logits[2] *= 1e30
+    logits[3, : V // 2] = -torch.inf  # masked
+    targets[3] = V - 1
+    logits[4] = torch.arange(V).to(dtype) / 50  # every block brings a new maximum
+    logits[5, targets[5]] = 200.0
+    targets[[0, 7]] = -100
+    exact = logits.double().requires_grad_()
+    expected = F.cross_entropy(exact, targets, reduction="none")
+    expected.sum().backward()
+    kept = logits.clone()
+    losses = torch.ops.pygpt.cross_entropy_rows_(kept, targets, -100, False)
+    assert torch.equal(kept, logits)
+    assert_close(losses, expected, torch.float32)
+    assert torch.equal(losses, torch.ops.pygpt.cross_entropy_rows_(logits, targets, -100, True))
+    assert_close(logits, exact.grad, dtype)
+    assert not logits[[0, 7]].any()
+
+
+def test_compiled_rows_do_not_hide_nan(capability):
+    for bad in (torch.nan, torch.inf):
+        logits = torch.zeros(2, 40)
+        logits[0, 17] = bad
+        losses = torch.ops.pygpt.cross_entropy_rows_(logits, torch.tensor([3, 3]), -100, True)
+        assert torch.isnan(losses[0])
+        assert torch.isfinite(losses[1])
+        assert torch.isnan(logits[0]).any()
+    with pytest.raises(RuntimeError, match="outside the vocabulary"):
+        torch.ops.pygpt.cross_entropy_rows_(torch.zeros(2, 3), torch.tensor([0, 3]), -100, True)
+
+
+def test_the_reference_and_the_kernel_agree_through_the_whole_op():
+    targets = torch.tensor([3, -100, 40, 7, 0])
+    results = []
+    for backend in ("eager", "auto"):
+        with use_backend(backend):
+            hidden, weight = leaf(5, 16), leaf(70, 16, seed=1)
+            loss = linear_cross_entropy(hidden, weight, targets)
+            loss.backward()
+            results.append((loss, hidden.grad, weight.grad))
+    for x, y in zip(*results, strict=True):
+        assert_close(x, y)

@@ -29,6 +29,15 @@ FAULTS = {
     "divergent_barrier": [("plain", STOPPED, "divergent block barrier")],
     "barrier_after_return": [("plain", STOPPED, "thread 5 ends while others wait|barrier after a thread")],
     "divergent_shuffle": [("plain", STOPPED, "deadlock|ends|divergent warp")],
+    "missing_barrier_wait": [("plain", WRONG, "nan"), ("tsan", 66, "data race")],
+    "wrong_barrier_parity": [("tsan", 66, "data race")],
+    "wrong_byte_count": [("plain", STOPPED, "waits at a shared-memory barrier")],
+    "stage_released_early": [("plain", WRONG, "nan"), ("tsan", 66, "data race")],
+    "missing_product_fence": [("plain", STOPPED, "wgmma without a wgmma.fence")],
+    "missing_product_wait": [("plain", WRONG, "nan")],
+    "product_register_changed": [("plain", STOPPED, "a wgmma's registers changed before the wait")],
+    "product_tile_changed": [("plain", STOPPED, "a wgmma's shared memory changed before the wait")],
+    "wrong_product_operand": [("plain", WRONG, "wrong number")],
     "wrong_fragment_layout": [("plain", WRONG, "wrong number")],
 }
 SEEDS = [0, 1, 2, 3]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+import pygpt
 from pygpt import ops
+from pygpt.cli import COMMANDS
 from pygpt.tokenizer import get_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,3 +43,30 @@ def test_the_books_data_loader():
         assert x[1:] == y[:-1]
     fused = ops.embedding(inputs, names["token_embedding"].weight, names["position_embedding"].weight)
     torch.testing.assert_close(fused, names["x"])
+
+
+@pytest.mark.parametrize("file", ["README.md", "docs/book.md"])
+def test_commands_and_their_flags_exist(file):
+    found = re.findall(r"\bpygpt (finetune \w+|[a-z]+)([^`\n]*)", (ROOT / file).read_text(encoding="utf-8"))
+    found = [(command, rest) for command, rest in found if command.split()[0] in " ".join(COMMANDS).split()]
+    assert len(found) > 5
+    for command, rest in found:
+        flags = {"--" + field.name.replace("_", "-") for field in fields(COMMANDS[command])} | {"--help"}
+        assert set(re.findall(r"--[a-z-]+", rest.split("#")[0])) <= flags, f"pygpt {command}{rest}"
+
+
+def test_the_books_names_exist():
+    """Each file and each name with a dot that the table names, and the classes and functions that it calls."""
+    table = [line for line in (ROOT / "docs/book.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    quoted = re.findall(r"`([^`]+)`", "\n".join(table))
+    files = [name for name in quoted if name.endswith(".py")]
+    names = [match[1] for name in quoted if (match := re.match(r"((?:pygpt|ops|GPT)(?:\.\w+)+)", name))]
+    assert len(files) > 2
+    assert len(names) > 10
+    for file in files:
+        assert (ROOT / file).is_file(), file
+    for name in names:
+        first, *rest = name.split(".")
+        value = {"pygpt": pygpt, "ops": ops, "GPT": pygpt.GPT}[first]
+        for part in rest:
+            value = getattr(value, part)

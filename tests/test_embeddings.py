@@ -24,7 +24,7 @@ from pygpt.errors import InputError, MissingFileError
 from pygpt.maps import FAR, map_figure, pca, tsne
 from pygpt.tokenizer import CharTokenizer
 from pygpt.train import resolve_checkpoint
-from pygpt.train.checkpoint import read_training
+from pygpt.train.checkpoint import checkpoints, read_training
 from pygpt.word2vec import Vectors, escape, init_embeddings, read_word2vec, token_vectors, unescape, write_word2vec
 
 ODD = [b" king", b"king", b" ", b"  ", b"\n", b"\t", b"\r\n", b"\\", b"\\x20", "▁".encode(), b"\xc3", b"\xa9", "é".encode(),
@@ -519,7 +519,7 @@ def test_pretrain_from_vectors(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (
         main(["pretrain", "--out", "with", *arguments, "--init-embeddings", "v.txt", "--steps", "2", "--resume"]) == 0
     )
-    assert read_training(resolve_checkpoint("with"))["step"] == 2
+    assert read_training(checkpoints(Path("with"))[-1])["step"] == 2
     assert torch.equal(GPT.from_pretrained(resolve_checkpoint("with")).transformer.wte.weight, weights["with"])
     assert main(["pretrain", "--out", "bad", *arguments, "--init-embeddings", "text.txt"]) == 2
     assert "text.txt, line 1: expected" in capsys.readouterr().err

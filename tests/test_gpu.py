@@ -13,6 +13,7 @@ from common import assert_close
 import pygpt
 from pygpt import GPT, GPTConfig, ops
 from pygpt.ops import backends
+from pygpt.optim import AdamW
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device: the GPU kernels are not run", allow_module_level=True)
@@ -82,10 +83,46 @@ def test_attention_dropout_drops_what_the_reference_drops(column):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_attention_of_documents(column, dtype):
+    starts = torch.tensor([0] * 300 + [300] + [301] * 499 + [800] * 200, dtype=torch.int32, device="cuda").repeat(2, 1)
+    check(
+        lambda x: ops.causal_attention(*x.unflatten(2, (3, 4, 64)).unbind(2), document_start=starts),
+        [draw(2, 1000, 3 * 4 * 64, dtype=dtype)],
+        dtype,
+    )
+
+
+def test_attention_of_one_query_and_many_keys(column):
+    q, k, v = draw(2, 1, 12, 64), draw(2, 3001, 12, 64, seed=1), draw(2, 3001, 12, 64, seed=2)
+    with torch.no_grad():
+        out = ops.causal_attention(q, k, v)
+        with backends.use_backend("eager"):
+            expected = ops.causal_attention(q.double(), k.double(), v.double())
+    assert_close(out, expected, BF16)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize(("rows", "C"), [(4096, 3072), (1000, 6400), (77, 1023)])
 def test_gelu(column, rows, C, dtype):
-    check(ops.gelu, [draw(rows, C, dtype=dtype)], dtype)
-    check(ops.gelu, [draw(rows, C, dtype=dtype), draw(C, dtype=dtype, seed=1)], dtype)
+    check(ops.gelu, [draw(rows, C, dtype=dtype, scale=3.0)], dtype)
+    check(ops.gelu, [draw(rows, C, dtype=dtype, scale=3.0), draw(C, dtype=dtype, seed=1)], dtype)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_adamw(column, dtype):
+    """Ten steps from the same start follow torch's AdamW in float64 on the same gradients."""
+    ours = [draw(1000, 33, dtype=dtype), draw(7, dtype=dtype, seed=1)]
+    doubles = [p.detach().double().requires_grad_() for p in ours]
+    options = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    optimizer, reference = AdamW(ours, **options), torch.optim.AdamW(doubles, **options)
+    for step in range(10):
+        for at, (p, r) in enumerate(zip(ours, doubles, strict=True)):
+            p.grad = draw(*p.shape, dtype=dtype, seed=10 * step + at).detach()
+            r.grad = p.grad.double()
+        optimizer.step()
+        reference.step()
+    for p, r in zip(ours, doubles, strict=True):
+        assert_close(p, r, dtype)
 
 
 @pytest.mark.parametrize("ids", ["uniform", "hot", "one"])

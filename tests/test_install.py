@@ -15,7 +15,6 @@ import pytest
 from pygpt.ops import backends
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.xdist_group("install")
 
 
 def build_wheel(folder: Path, environment: dict[str, str]) -> Path:

@@ -95,7 +95,7 @@ def interrupt_after(step: int, number: int = signal.SIGINT) -> Callable[[int], t
 
 def resumed(run: Path, config: TrainConfig = SETTINGS, **options: Any) -> Trainer:
     """A new trainer that stands where the run's latest checkpoint does."""
-    folder = resolve_checkpoint(run)
+    folder = checkpoints(run)[-1]
     trainer = make_trainer(run, config, GPT.from_pretrained(folder), **options)
     trainer.resume(folder)
     return trainer
@@ -210,7 +210,7 @@ def test_20_steps_are_10_and_10_more_to_the_last_bit(tmp_path, dtype):
     second.train()
     assert_same_state(straight, second)
     assert rows(tmp_path / "straight") == rows(tmp_path / "two")
-    weights = [resolve_checkpoint(tmp_path / name) / "model.safetensors" for name in ("straight", "two")]
+    weights = [checkpoints(tmp_path / name)[-1] / "model.safetensors" for name in ("straight", "two")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
@@ -251,7 +251,7 @@ def test_sigterm_saves_too(tmp_path):
     trainer = make_trainer(tmp_path, batch=interrupt_after(3, signal.SIGTERM))
     trainer.train()
     assert trainer.step == 3
-    assert resolve_checkpoint(tmp_path).name == "step_00000003"
+    assert checkpoints(tmp_path)[-1].name == "step_00000003"
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -264,7 +264,7 @@ def test_a_signal_during_an_evaluation_is_not_lost(tmp_path):
     trainer = make_trainer(tmp_path, replace(SETTINGS, checkpoint_every=0), evaluate=evaluate)
     trainer.train()
     assert trainer.step == 6
-    assert resolve_checkpoint(tmp_path).name == "step_00000006"
+    assert checkpoints(tmp_path)[-1].name == "step_00000006"
 
 
 def test_a_second_signal_stops_at_once(tmp_path):
@@ -367,7 +367,7 @@ def test_divergence_keeps_the_last_good_checkpoint(tmp_path, what, log_every):
         trainer.train()
     assert [path.name for path in checkpoints(tmp_path)] == ["step_00000005"]
     assert (tmp_path / "loss.png").is_file()
-    weights = GPT.from_pretrained(resolve_checkpoint(tmp_path)).parameters()
+    weights = GPT.from_pretrained(checkpoints(tmp_path)[-1]).parameters()
     assert all(weight.isfinite().all() for weight in weights)
 
 
@@ -426,7 +426,7 @@ def test_a_run_is_never_overwritten(tmp_path):
 @pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "training.json", "config.json"])
 def test_damaged_and_missing_files_are_named(tmp_path, name):
     make_trainer(tmp_path, replace(SETTINGS, steps=1)).train()
-    file = resolve_checkpoint(tmp_path) / name
+    file = checkpoints(tmp_path)[-1] / name
     content = file.read_bytes()
     for damaged in (content[: len(content) // 2], b""):
         file.write_bytes(damaged)
@@ -445,7 +445,11 @@ def test_what_resolves_to_a_checkpoint(tmp_path):
     run = tmp_path / "run"
     make_trainer(run, replace(SETTINGS, keep=3)).train()
     latest = run / "checkpoints" / "step_00000020"
-    assert resolve_checkpoint(run) == resolve_checkpoint(str(latest)) == latest
+    best = run / "checkpoints" / "best"
+    assert resolve_checkpoint(run) == resolve_checkpoint(str(best)) == best
+    assert resolve_checkpoint(latest) == latest
+    shutil.rmtree(best)
+    assert resolve_checkpoint(run) == latest
     (run / "checkpoints" / "step_00000099.bak").mkdir()
     (run / "checkpoints" / ".tmp-step_00000030").mkdir()
     shutil.copytree(latest, run / "checkpoints" / "step_123456789")  # more digits than usual is later, not earlier
@@ -476,7 +480,7 @@ def test_a_failed_write_leaves_the_checkpoints_as_they_were(tmp_path):
             raise OSError(28, "No space left on device")
 
     trainer.beside = [FullDisk()]
-    before = (resolve_checkpoint(tmp_path) / "model.safetensors").read_bytes()
+    before = (checkpoints(tmp_path)[-1] / "model.safetensors").read_bytes()
     with torch.no_grad():
         trainer.model.transformer.wte.weight.zero_()
     with pytest.raises(
@@ -484,7 +488,7 @@ def test_a_failed_write_leaves_the_checkpoints_as_they_were(tmp_path):
     ):
         trainer.save()
     assert [path.name for path in (tmp_path / "checkpoints").glob(".*")] == []
-    assert (resolve_checkpoint(tmp_path) / "model.safetensors").read_bytes() == before
+    assert (checkpoints(tmp_path)[-1] / "model.safetensors").read_bytes() == before
     assert len(checkpoints(tmp_path)) == 1
 
 
@@ -506,7 +510,7 @@ def test_a_full_disk(tmp_path):
             print(error)
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    limit = (resolve_checkpoint(tmp_path) / "model.safetensors").stat().st_size + 10_000
+    limit = (checkpoints(tmp_path)[-1] / "model.safetensors").stat().st_size + 10_000
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path), str(limit)],
         cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=120,

@@ -17,6 +17,7 @@ from common import DOCUMENT_CASES, DOCUMENTS, assert_close, document_starts
 triton = pytest.importorskip("triton", reason="triton is not installed: the Triton kernels are not tested")
 
 from pygpt import kernels, ops  # noqa: E402
+from pygpt.errors import InputError  # noqa: E402
 from pygpt.kernels import attention as katt  # noqa: E402
 from pygpt.kernels import cross_entropy as kce  # noqa: E402
 from pygpt.kernels import embedding as kemb  # noqa: E402
@@ -43,7 +44,7 @@ def reference(*tensors: torch.Tensor | None) -> list[torch.Tensor]:
 LAYER_NORM_CASES = [
     ((1, 1), F32), ((3, 1), BF16), ((2, 5, 7), F32), ((4, 16), F16), ((37, 17), BF16), ((150, 64), BF16),
     ((2, 0, 8), F32), ((33, 768), F32), ((70, 768), BF16), ((9, 1600), BF16), ((5, 4097), F32),
-    ((19, 8200), F32), ((6, 12288), BF16),
+    ((19, 8200), F32), ((6, 12288), BF16), ((3, 16500), BF16),
 ]  # fmt: skip
 
 
@@ -69,7 +70,9 @@ def test_layer_norm(shape, dtype, with_bias):
         assert grads[2].numel() == 0
 
 
-@pytest.mark.parametrize(("shape", "dtype"), [((7, 33), F32), ((40, 768), BF16), ((10, 8200), BF16)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((7, 33), F32), ((40, 768), BF16), ((10, 8200), BF16), ((3, 20001), F32)], ids=str
+)
 def test_add_layer_norm(shape, dtype):
     C = shape[-1]
     x, residual, grad, grad_sum = (draw(*shape, dtype=dtype, seed=i) for i in range(4))
@@ -244,7 +247,7 @@ def test_attention(B, T, S, H, D, dtype):
 @pytest.mark.parametrize("T", [1, 3])
 def test_attention_decode_splits_the_keys(T):
     q, k, v = qkv(1, T, 531, 1, 16)
-    tile = katt.forward_config(90, T, 16, F32, False)
+    tile = katt.choose(katt.FORWARD, q, False)
     assert DEVICE == "cuda" or katt._splits(q, k, tile) > 1
     attention_case(q, k, v)
 
@@ -301,6 +304,18 @@ def test_attention_of_large_scores():
     assert_close(out, attention_reference(*(x.double() for x in (q, k, v)), 1.0)[0], F16)
 
 
+def test_wide_float32_heads_run_the_reference(monkeypatch):
+    monkeypatch.setattr(backends, "choose", lambda op, x: "triton")
+    q, k, v = qkv(1, 5, 5, 1, 160)
+    expected = attention_reference(*(x.double() for x in (q, k, v)), 160**-0.5)[0]
+    assert_close(ops.causal_attention(q, k, v), expected, F32)
+    monkeypatch.setattr(backends, "forced", lambda: "triton")
+    with pytest.raises(
+        InputError, match="backend 'triton' was asked for and serves head dimensions up to 128 in float32"
+    ):
+        ops.causal_attention(q, k, v)
+
+
 @pytest.fixture
 def triton_answers():
     """The project's operators on this device, answered by the Triton kernels."""
@@ -330,7 +345,7 @@ def test_operators_through_the_dispatcher(triton_answers, monkeypatch):
         (kln, "_backward"),
         (katt, "_strides"),
         (kemb, "_pieces_kernel"),
-        (kgelu, "config"),
+        (kgelu, "_columns"),
     ):
         monkeypatch.setattr(module, name, _Recorder(getattr(module, name), name, calls))
 
@@ -349,7 +364,7 @@ def test_operators_through_the_dispatcher(triton_answers, monkeypatch):
     expected = [t.clone().double().requires_grad_() for t in inputs]
     result = block(idx, *leaves, ops)
     result.backward()
-    assert set(calls) == {"_forward", "_backward", "_strides", "_pieces_kernel", "config"}
+    assert set(calls) == {"_forward", "_backward", "_strides", "_pieces_kernel", "_columns"}
     with backends.use_backend("eager"):
         reference_result = block(idx, *expected, ops)
         reference_result.backward()

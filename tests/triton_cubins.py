@@ -1,6 +1,6 @@
 """Compiles what the Triton kernels' host functions would launch, with no GPU, and reads the machine code.
 
-A program for a process of its own: `python tests/triton_cubins.py layer_norm 80 90` prints JSON. It puts a stand-in
+A program for a process of its own: `python tests/triton_cubins.py layer_norm 90` prints JSON. It puts a stand-in
 driver under Triton that names a target and never launches, calls the host functions with meta tensors, and collects
 one Cubin for every kernel variant that they ask for. CASES is what the test suite compiles.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -72,8 +73,8 @@ def read_cubin(cubin: bytes) -> tuple[int, int, int, int]:
     return int(registers[1]), spills, len(re.findall(r"\bHMMA\.", sass)), len(re.findall(r"\bHGMMA\.", sass))
 
 
-def collect(cases: dict[str, Callable[[], Any]], architectures: list[int]) -> list[Cubin]:
-    """Runs every case for every architecture; one Cubin per kernel variant."""
+def collect(cases: Callable[[], Iterator[tuple[str, Callable[[], Any]]]], arch: int) -> list[Cubin]:
+    """Runs every case for one architecture; one Cubin per kernel variant."""
     found: dict[tuple[str, int, str], Cubin] = {}
     case = ""
     launch = JITFunction.run
@@ -92,9 +93,9 @@ def collect(cases: dict[str, Callable[[], Any]], architectures: list[int]) -> li
     driver.set_active(StandInDriver())
     JITFunction.run = compile_only
     try:
-        for device.assumed_architecture in architectures:
-            for case, call in cases.items():  # noqa: B007 - read by compile_only
-                call()
+        device.assumed_architecture = arch
+        for case, call in cases():  # noqa: B007 - read by compile_only
+            call()
     finally:
         JITFunction.run = launch
     return list(found.values())
@@ -104,96 +105,113 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
+bf16, f32 = torch.bfloat16, torch.float32
+LARGE = {"layer_norm": 20000, "embedding": 12288, "gelu": 3072, "cross_entropy": 50257}  # stand for "any number above"
+
+
+def sizes(table: tuple, op: str) -> list[int]:
+    """A size for every line of a table of (largest size, tile)."""
+    return [LARGE[op] if largest == math.inf else int(largest) for largest, _ in table]
+
+
 def layer_norm_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     def run(C: int, dtype: torch.dtype, add: bool) -> None:
-        x, weight = meta(4096, C, dtype=dtype), meta(C, dtype=torch.float32)
-        mean = meta(4096, dtype=torch.float32)
+        x, weight = meta(4096, C, dtype=dtype), meta(C, dtype=f32)
+        mean = meta(4096, dtype=f32)
         if add:
-            layer_norm.add_layer_norm_forward(x, x, weight, None, 1e-5)
+            layer_norm.add_layer_norm_forward(x, x, weight, weight, 1e-5)
             layer_norm.add_layer_norm_backward(x, x, x, weight, mean, mean, True)
         else:
             layer_norm.layer_norm_forward(x, weight, weight, 1e-5)
             layer_norm.layer_norm_backward(x, x, weight, mean, mean, True)
 
-    for C in (64, 768, 1600, 4096, 8192, 12288):
-        yield f"{C} bf16", functools.partial(run, C, torch.bfloat16, C in (768, 12288))
-    yield "8192 f32", functools.partial(run, 8192, torch.float32, True)
+    for C in sorted({*sizes(layer_norm.FORWARD, "layer_norm"), *sizes(layer_norm.BACKWARD, "layer_norm")}):
+        yield f"{C} add", functools.partial(run, C, bf16, True)
+    for C in (768, 12288):
+        yield f"{C}", functools.partial(run, C, bf16, False)
+    for C in (1024, 8192, 16384, 20000):
+        yield f"{C} f32", functools.partial(run, C, f32, True)
 
 
 def embedding_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     def run(C: int, dtype: torch.dtype) -> None:
-        idx, tokens, positions = (
-            meta(4, 1024, dtype=torch.int64),
-            meta(50257, C, dtype=dtype),
-            meta(1024, C, dtype=dtype),
-        )
+        idx = meta(4, 1024, dtype=torch.int64)
+        tokens, positions = meta(50257, C, dtype=dtype), meta(1024, C, dtype=dtype)
         x = embedding.embedding_forward(idx, tokens, positions, 0)
         embedding.embedding_backward_(x, idx, tokens, positions, 0)
 
-    for C in (8, 64, 768, 12288):
-        yield f"{C} bf16", functools.partial(run, C, torch.bfloat16)
-    yield "768 f32", functools.partial(run, 768, torch.float32)
+    tables = (embedding.FORWARD, embedding.PIECES, embedding.FINISH, embedding.POSITIONS)
+    for C in sorted({C for table in tables for C in sizes(table, "embedding")}):
+        yield f"{C} bf16", functools.partial(run, C, bf16)
+    yield "768 f32", functools.partial(run, 768, f32)
 
 
 def attention_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    def run(D: int, dtype: torch.dtype, dropout: bool, documents: bool, T: int, backward: bool) -> None:
-        packed = meta(8, T, 3, 12, D, dtype=dtype)
-        q, k, v = packed.unbind(2)
-        if T == 1:  # decoding
-            k = v = meta(1, 1024, 12, D, dtype=dtype)
-            q = q[:1]
-        seed = meta(1, dtype=torch.int64) if dropout else None
-        starts = meta(8, T, dtype=torch.int32) if documents else None
-        p = 0.1 if dropout else 0.0
-        out, lse = attention.causal_attention_forward(q, k, v, 0.1, p, seed, starts)
-        if backward:
-            attention.causal_attention_backward(out, q, k, v, out, lse, 0.1, p, seed, starts)
+    """Every line of the tables at its widest head, plain and with all that costs registers; and cases of their own."""
 
-    bf16, f32 = torch.bfloat16, torch.float32
-    for D in (64, 128):
-        for dropout in (False, True):
-            yield f"D {D}{' dropout' if dropout else ''}", functools.partial(run, D, bf16, dropout, False, 1024, True)
-        yield f"D {D} decoding", functools.partial(run, D, bf16, False, False, 1, False)
-    yield "D 64 documents", functools.partial(run, 64, bf16, False, True, 1024, True)
-    yield "D 96", functools.partial(run, 96, bf16, False, False, 1024, True)
-    yield "D 256", functools.partial(run, 256, bf16, False, False, 1024, True)
-    yield "D 64 short", functools.partial(run, 64, bf16, False, False, 48, False)
-    yield "D 64 f32", functools.partial(run, 64, f32, True, False, 1024, True)
+    def run(D: int, dtype: torch.dtype, dropout: bool, documents: bool, T: int, forward: bool, backward: bool) -> None:
+        B, H = (8, 12) if T > 64 else (1, 1)
+        q, k, v = meta(B, T, 3, H, D, dtype=dtype).unbind(2)
+        if T <= 64:  # decoding: one head and many keys, which are split
+            k = v = meta(B, 1024, H, D, dtype=dtype)
+        seed = meta(1, dtype=torch.int64) if dropout else None
+        starts = meta(B, T, dtype=torch.int32) if documents else None
+        p = 0.1 if dropout else 0.0
+        if forward:
+            attention.causal_attention_forward(q, k, v, 0.1, p, seed, starts)
+        if backward:
+            attention.causal_attention_backward(q, q, k, v, q, meta(B, H, T, dtype=f32), 0.1, p, seed, starts)
+
+    for table in (attention.FORWARD, attention.GRAD_Q, attention.GRAD_KV):
+        for row in table:
+            dtype, T = {16: bf16, 32: f32}[row.bits], min(row.T, 1024)
+            for dropout in (False, True) if row.dropout is None else (row.dropout,):
+                if attention.choose(table, meta(1, T, 1, row.D, dtype=dtype), dropout) != row.config:
+                    continue  # this line is for other architectures
+                forward = table is attention.FORWARD
+                name = f"D {row.D} T {T}{' dropout' if dropout else ''}"
+                yield name, functools.partial(run, row.D, dtype, dropout, dropout, T, forward, not forward)
+    for dropout in (False, True):  # documents alone, and dropout alone, where they matter most
+        name = f"D 64 T 1024 {'dropout' if dropout else 'documents'}"
+        yield name, functools.partial(run, 64, bf16, dropout, not dropout, 1024, True, True)
+    yield "D 96", functools.partial(run, 96, bf16, False, False, 1024, True, True)
 
 
 def other_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     def loss(V: int, dtype: torch.dtype) -> None:
         cross_entropy.loss_and_gradient_(meta(1024, V, dtype=dtype), meta(1024, dtype=torch.int64), True)
 
-    def activation(C: int, dtype: torch.dtype) -> None:
-        x, bias = meta(4096, C, dtype=dtype), meta(C, dtype=dtype)
+    def activation(C: int, dtype: torch.dtype, with_bias: bool) -> None:
+        x, bias = meta(4096, C, dtype=dtype), meta(C, dtype=dtype) if with_bias else None
         gelu.bias_gelu_forward(x, bias)
         gelu.bias_gelu_backward(x, x, bias)
 
     def update(dtype: torch.dtype) -> None:
-        weight, state = meta(4096, dtype=dtype), meta(4096, dtype=torch.float32)
-        master = weight if dtype == torch.float32 else state
-        for factor in (None, meta(1, dtype=torch.float32)):
+        weight, state = meta(4096, dtype=dtype), meta(4096, dtype=f32)
+        master = weight if dtype == f32 else state
+        for factor in (None, meta(1, dtype=f32)):
             adamw.adamw_(
                 [weight], [weight], [master], [state], [state], [state],
                 lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, grad_factor=factor,
             )  # fmt: skip
 
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (bf16, f32):
         yield f"adamw {dtype}", functools.partial(update, dtype)
-        yield f"loss 50257 {dtype}", functools.partial(loss, 50257, dtype)
-        yield f"gelu 3072 {dtype}", functools.partial(activation, 3072, dtype)
-    yield "loss 65", functools.partial(loss, 65, torch.bfloat16)
+        for V in sizes(cross_entropy.TILES, "cross_entropy"):
+            yield f"loss {V} {dtype}", functools.partial(loss, V, dtype)
+        for C in sizes(gelu.TILES, "gelu"):
+            yield f"gelu {C} {dtype}", functools.partial(activation, C, dtype, True)
+    yield "gelu 3072 without bias", functools.partial(activation, 3072, bf16, False)
 
 
 CASES = {
     "layer_norm": layer_norm_cases,
     "embedding": embedding_cases,
     "attention": attention_cases,
-    "cross_entropy and gelu": other_cases,
+    "cross_entropy, gelu and adamw": other_cases,
 }
 
 
 if __name__ == "__main__":
-    cubins = collect(dict(CASES[sys.argv[1]]()), [int(a) for a in sys.argv[2:]])
+    cubins = collect(CASES[sys.argv[1]], int(sys.argv[2]))
     json.dump([asdict(c) for c in cubins], sys.stdout, indent=1)

@@ -101,6 +101,19 @@ PYGPT_INLINE void store_step(T* p, vf v, int64_t n) {
 
 PYGPT_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
 
+PYGPT_INLINE vf vsqrt(vf x) {
+#if PYGPT_LANES == 16
+  return (vf)_mm512_sqrt_ps((__m512)x);
+#elif PYGPT_LANES == 8
+  return (vf)_mm256_sqrt_ps((__m256)x);
+#elif PYGPT_X86_LEVELS
+  return (vf)_mm_sqrt_ps((__m128)x);
+#else
+  for (int i = 0; i < kLanes; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
+}
+
 PYGPT_INLINE vi lane_numbers() {
   vi v = {};
   for (int i = 0; i < kLanes; ++i) v[i] = i;

@@ -3,7 +3,9 @@
 #include "cuda/attention.h"
 
 #include <cmath>
+#include <cstdlib>
 #include <limits>
+#include <string_view>
 
 #include "cuda/tensor.h"
 
@@ -51,6 +53,17 @@ Attention describe(const Tensor& q, const Tensor& k, const Tensor& v, double sca
   return p;
 }
 
+// The Hopper kernel was not measured against the portable one yet: it runs on request only.
+#ifdef PYGPT_CUDA_HOPPER
+bool use_hopper(const Attention& p, const OnDevice& device) {
+  const char* asked = std::getenv("PYGPT_CUDA_HOPPER");
+  if (!asked || std::string_view(asked) != "1") return false;
+  int major = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device.device), device);
+  return major == 9 && attention_on_hopper(p);
+}
+#endif
+
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, double scale, double dropout_p,
                                    std::optional<Tensor> seed, std::optional<Tensor> document_start) {
   const char* op = "causal_attention_forward";
@@ -70,6 +83,12 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, double scale, d
     attention_plain_forward(p, device);
     return {out, lse};
   }
+#ifdef PYGPT_CUDA_HOPPER
+  if (use_hopper(p, device)) {
+    attention_hopper_forward(p, device);
+    return {out, lse};
+  }
+#endif
   p.splits = attention_splits(p, device.multiprocessors);
   const int64_t parts = p.splits > 1 ? p.splits : 0;
   Tensor partial_out = new_empty(q, {parts, p.B, p.H, p.T, p.D}, ScalarType::Float);

@@ -37,8 +37,9 @@ inline std::string shape_text(const char* op, const Tensor& x) {
 // Makes x's device the current one for as long as it lives, and holds torch's current stream there.
 class __attribute__((visibility("hidden"))) OnDevice : public Launch {
  public:
-  OnDevice(const char* op, const Tensor& x) : Launch{nullptr, 0, shape_text(op, x)}, guard_(device_of(x)) {
-    const int device = device_of(x);
+  const int device;
+
+  OnDevice(const char* op, const Tensor& x) : Launch{nullptr, 0, shape_text(op, x)}, device(device_of(x)), guard_(device) {
     void* current = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
     stream = static_cast<cudaStream_t>(current);

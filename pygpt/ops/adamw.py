@@ -1,7 +1,7 @@
 """AdamW's update of many tensors at once (Loshchilov and Hutter, 2019), with float32 masters of 16-bit weights.
 
-By default it is torch's own fused kernel, on every device; the Triton kernel does the conversions to and from 16 bits and
-the clipping in the same pass over the memory.
+The reference is torch's own fused kernel. The compiled kernel, on CPUs, and the Triton kernel do the conversions to and
+from 16 bits and the clipping in the same pass over the memory, for all tensors at once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch.optim.adamw import adamw
 
 from pygpt.ops import backends
 
-backends.register("adamw")  # torch's fused kernel is the reference
+_SERVED = (torch.float32, torch.bfloat16)
+backends.register("adamw", cpp=_SERVED)
 
 
 @torch.no_grad()
@@ -52,9 +53,37 @@ def adamw_(
             from pygpt.kernels.adamw import adamw_ as kernel  # imports Triton
 
             kernel(*part, betas=betas, grad_factor=factor, **options)
-            torch.autograd.graph.increment_version(part[0])  # torch does not see the kernel's writes
+        elif chosen == "cpp":
+            _compiled(part, factor, beta1=betas[0], beta2=betas[1], **options)
         else:
             _reference(part, factor, beta1=betas[0], beta2=betas[1], **options)
+        if chosen != "eager":
+            torch.autograd.graph.increment_version(part[0])  # torch does not see the kernels' writes
+
+
+def global_norm(grads: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of all gradients together, a float32 scalar: computed in float32 whatever their dtypes."""
+    if not grads:
+        return torch.zeros(())
+    if all(backends.choose("adamw", grad) == "cpp" and grad.dtype in _SERVED for grad in grads):
+        return torch.ops.pygpt.grad_norm.default(list(grads))
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(grads), 2, dtype=torch.float32)))
+
+
+def _compiled(lists: list[list[Tensor]], grad_factor: Tensor | None, **options: float) -> None:
+    """The kernel walks memory: tensors that are not contiguous take part as copies."""
+    *sets, steps = (list(tensors) for tensors in lists)
+    scattered = [i for i, each in enumerate(zip(*sets, strict=True)) if not all(x.is_contiguous() for x in each)]
+    for tensors in sets:
+        for i in scattered:
+            tensors[i] = tensors[i].contiguous()
+    for i in scattered:
+        if lists[0][i] is lists[2][i]:
+            sets[2][i] = sets[0][i]  # the copy of a float32 weight is its master
+    torch.ops.pygpt.adamw_.default(*sets, steps, grad_factor, **options)
+    for i in scattered:
+        for j in (0, 2, 3, 4):  # all but the gradients
+            lists[j][i].copy_(sets[j][i])
 
 
 def _reference(lists: list[list[Tensor]], grad_factor: Tensor | None, **options: Any) -> None:
@@ -70,3 +99,8 @@ def _reference(lists: list[list[Tensor]], grad_factor: Tensor | None, **options:
     for weight, master in zip(weights, masters, strict=True):
         if weight is not master:
             weight.copy_(master)
+
+
+if backends.extension is not None:
+    torch.library.register_fake("pygpt::adamw_", lambda *_, **__: None)
+    torch.library.register_fake("pygpt::grad_norm", lambda grads: grads[0].new_empty((), dtype=torch.float32))

@@ -161,10 +161,14 @@ def register(op: str, **dtypes: tuple[torch.dtype, ...]) -> None:
     _chosen.clear()
 
 
-@torch.compiler.assume_constant_result  # a compiler must not trace into the loading of a backend
 def ready(backend: str) -> bool:
     """Whether a backend can run on this machine at all."""
     return backend == "eager" or not problem(backend)
+
+
+# A compiler must not trace into the loading of a backend. torch.compiler.assume_constant_result sets just this attribute,
+# but imports the whole compiler for it, which takes longer than the rest of `import pygpt`, torch included.
+ready._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def problem(backend: str) -> str:

@@ -3,7 +3,8 @@
 Tokens go through in chunks. A chunk's logits are turned into its loss and, where gradients are wanted, at once into the
 gradients of hidden and weight, so that nothing of size tokens x vocabulary outlives its chunk and backward has no second
 product with the vocabulary to do. The idea of computing the gradient in the forward pass is Liger-Kernel's (Hsu et al.,
-2024). The products go through the library's GEMM.
+2024). The products go through the library's GEMM; on CPUs a compiled kernel turns a chunk's logits into their gradient in
+place.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from pygpt.ops.autograd import first_order
 from pygpt.ops.checks import check_device
 from pygpt.ops.linear import matmul_nt
 
-backends.register("linear_cross_entropy")  # without Triton the chunks below are the implementation on every device
+# Where neither answers, the chunks below in torch's own ops are the implementation.
+backends.register("linear_cross_entropy", cpp=(torch.float32, torch.bfloat16))
 
-CHUNK_BYTES = 64 << 20  # float32 logits held at a time
+CHUNK_BYTES = 52 << 20  # logits held at a time, the largest part of a workspace of less than 64 MB
 
 
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
@@ -46,6 +48,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     _check(hidden, weight, targets, ignore_index)
     if backends.needs_reference():
+        backends.choose("linear_cross_entropy", hidden)  # an error where a backend is forced
         return linear_cross_entropy_reference(hidden, weight, targets, ignore_index)
     return _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index)
 
@@ -77,39 +80,69 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -
             )
 
 
+def _chunks(tokens: int, V: int, itemsize: int) -> list[tuple[int, int]]:
+    """Begin and end of chunks about equally long."""
+    most = max(16, CHUNK_BYTES // (itemsize * max(V, 1)))
+    chunks = -(-tokens // most)
+    return [(tokens * i // chunks, tokens * (i + 1) // chunks) for i in range(chunks)]
+
+
+def _logits_to_grad(logits: Tensor, targets: Tensor, ignore_index: int, want_grad: bool) -> tuple[Tensor, Tensor]:
+    """logits (rows, V), targets (rows,) -> the rows' losses, 0 where ignored, and softmax - one_hot where wanted."""
+    valid = targets != ignore_index
+    safe = targets.where(valid, 0).unsqueeze(1)
+    log_p = torch.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    losses = -log_p.gather(1, safe).squeeze(1) * valid
+    if not want_grad:
+        return losses, logits
+    grad = log_p.exp_().scatter_add_(1, safe, log_p.new_full((), -1).expand_as(safe))
+    return losses, grad.to(logits.dtype)
+
+
+def _logits_to_grad_compiled(
+    logits: Tensor, targets: Tensor, ignore_index: int, want_grad: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.ops.pygpt.cross_entropy_rows_.default(logits, targets, ignore_index, want_grad), logits
+
+
+if backends.extension is not None:
+    torch.library.register_fake(
+        "pygpt::cross_entropy_rows_",
+        lambda logits, targets, ignore_index, replace: logits.new_empty(targets.shape, dtype=torch.float32),
+    )
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             need_hidden, need_weight = ctx.needs_input_grad[:2]
-            if backends.choose("linear_cross_entropy", hidden) == "triton":
+            backend = backends.choose("linear_cross_entropy", hidden)
+            if backend == "triton":
                 from pygpt.kernels.cross_entropy import linear_cross_entropy as kernel  # imports Triton
 
                 loss, *grads = kernel(hidden, weight, targets, ignore_index, need_hidden, need_weight)
                 ctx.save_for_backward(*grads, hidden, weight)
                 return loss
+            logits_to_grad = _logits_to_grad_compiled if backend == "cpp" else _logits_to_grad
             valid = targets != ignore_index
             count = valid.sum()
-            safe = targets.where(valid, 0).unsqueeze(1)  # an ignored row takes part with weight 0
             grad_hidden = torch.empty_like(hidden) if need_hidden else None
             grad_weight = torch.zeros_like(weight) if need_weight else None
             total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+            # d loss / d logits = softmax - one_hot, each row times row_weight: that factor is applied on the (rows, C) side.
             row_weight = (valid.to(total.dtype) / count.clamp(min=1)).to(hidden.dtype).unsqueeze(1)
-            rows = max(16, CHUNK_BYTES // (4 * max(weight.shape[0], 1)))
-            for start in range(0, hidden.shape[0], rows):
-                part = slice(start, start + rows)
+            for start, end in _chunks(hidden.shape[0], weight.shape[0], hidden.itemsize if backend == "cpp" else 4):
+                part = slice(start, end)
                 logits = matmul_nt(hidden[part], weight)  # (rows, V)
-                log_p = torch.log_softmax(logits, dim=1, dtype=total.dtype)
-                total -= (log_p.gather(1, safe[part]).squeeze(1) * valid[part]).sum()
-                if not (need_hidden or need_weight):
-                    continue
-                # d loss / d logits = softmax - one_hot, each row times row_weight: that factor is applied on the (rows, C) side.
-                grad_logits = log_p.exp_().scatter_add_(1, safe[part], log_p.new_full((), -1).expand_as(safe[part]))
-                grad_logits = grad_logits.to(hidden.dtype)
+                losses, grad_logits = logits_to_grad(logits, targets[part], ignore_index, need_hidden or need_weight)
+                del logits  # not two chunks at a time
+                total += losses.sum()
                 if grad_hidden is not None:
                     torch.mul(matmul_nt(grad_logits, weight.t()), row_weight[part], out=grad_hidden[part])
                 if grad_weight is not None:
                     grad_weight.addmm_(grad_logits.t(), hidden[part] * row_weight[part])
+                del grad_logits
             ctx.save_for_backward(grad_hidden, grad_weight, hidden, weight)  # the inputs for `first_order` alone
             return total / count
 

@@ -203,7 +203,7 @@ def _base(config: ClassifyConfig) -> tuple[GPT, Tokenizer]:
         options = {} if config.dropout is None else {"dropout": config.dropout}
         return GPT(GPTConfig.preset(config.preset, vocab_size=tokenizer.vocab_size, **options)), tokenizer
     assert config.init_from is not None
-    gpt, found = load_with_tokenizer(resolve_checkpoint(config.init_from, prefer_best=True), config.dropout)
+    gpt, found = load_with_tokenizer(resolve_checkpoint(config.init_from), config.dropout)
     return GPT(gpt.config) if config.random_weights else gpt, found
 
 

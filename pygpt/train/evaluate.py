@@ -38,7 +38,7 @@ class EvaluateConfig:
     """Measure a model on all of a text, on labelled texts, or on multiple-choice questions."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """A run's folder, a checkpoint or a model folder."""
+    """A run's folder (its best checkpoint), a checkpoint or a model folder."""
     data: Path | None = None
     """Folder that `pygpt prepare` wrote; its validation part is read."""
     split: str = "val"

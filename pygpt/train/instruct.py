@@ -161,7 +161,7 @@ def finetune_instruct(config: InstructConfig, console: Console | None = None) ->
     tell = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     latest = check_run(config, config.out, config.resume, config.overwrite, CHANGEABLE)
     torch.manual_seed(config.seed)
-    base = resolve_checkpoint(config.init_from, prefer_best=True)
+    base = resolve_checkpoint(config.init_from)
     model, tokenizer = load_with_tokenizer(latest or base, config.dropout)
     template = load_template(latest) if latest else get_template(config.template)
     parts, report = load_parts(config, model, tokenizer, template, tell)
@@ -324,7 +324,7 @@ def _test(
     tell: Callable[[str], None],
 ) -> None:
     """Score base and best checkpoint on the examples held out, and write down what the latter answers."""
-    best = resolve_checkpoint(config.out, prefer_best=True)
+    best = resolve_checkpoint(config.out)
     before, _ = load_with_tokenizer(base)
     after, tokenizer = load_with_tokenizer(best)
     losses = [answer_loss(model.to(device, torch.float32).eval(), part, config.batch_size) for model in (before, after)]

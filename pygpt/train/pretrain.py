@@ -43,7 +43,7 @@ class PretrainConfig(TrainConfig):
     overwrite: bool = False
     """Delete what an earlier run left in OUT."""
     init_from: Path | None = None
-    """Start from the weights of this run or model folder, which then decides the model's sizes."""
+    """Start from the weights of this run (its best checkpoint) or model folder, which then decides the model's sizes."""
     init_embeddings: Path | None = None
     """Start the token embedding from the vectors in this file (word2vec's text format, dimension n_embd): those of
     tokens that are in it, scaled to the size of the random ones they replace."""
@@ -149,7 +149,9 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Path:
     write_json(config.out / DATASET_FILE, report)
     trainer.train()
     if checkpoints(config.out):
-        tell(f"latest checkpoint {checkpoints(config.out)[-1]}; to see what it writes: pygpt generate {config.out}")
+        tell(
+            f"checkpoints in {config.out / 'checkpoints'}; to see what the best one writes: pygpt generate {config.out}"
+        )
     return config.out
 
 

@@ -65,7 +65,8 @@ def _ninja() -> str:
     from torch.utils.cpp_extension import include_paths
 
     device = f"{FLAGS} -DPYGPT_CUDA_EMULATION -I{HERE}/include -I{HERE} -I{ROOT}/csrc"
-    torch_flags = "-DUSE_CUDA -DPYGPT_CUDA_KEY=CPU -Dpygpt=pygpt_emulated -DTORCH_TARGET_VERSION=0x020a000000000000 "
+    torch_flags = "-DUSE_CUDA -DPYGPT_CUDA_KEY=CPU -DPYGPT_CUDA_HOPPER -Dpygpt=pygpt_emulated "
+    torch_flags += "-DTORCH_TARGET_VERSION=0x020a000000000000 "
     torch_flags += " ".join(f"-isystem {path}" for path in include_paths())
     lines = [RULES]
 
@@ -88,6 +89,10 @@ def _ninja() -> str:
     torch_lib = Path(torch.__file__).parent / "lib"
     link = f"-L{torch_lib} -ltorch_cpu -Wl,-Bsymbolic,--no-undefined"
     lines.append(f"build emulation.so: library {' '.join(objects)}\n  flags = {link}")
+
+    # For Python too: a kernel for each of Hopper's instructions.
+    hopper = compile_("library/conformance_sm90.o", HERE / "conformance_sm90.cu", f"{device} -O2")
+    lines.append(f"build conformance_sm90.so: library {hopper} library/runtime.o\n  flags = -Wl,--no-undefined")
 
     # Programs, under each sanitizer. The runtime is never instrumented itself; it only tells them what it does.
     for kind, flags in SANITIZERS.items():

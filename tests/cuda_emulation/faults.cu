@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "cuda/launch.h"
-#include "cuda/ptx.h"
+#include "cuda/ptx_sm90.h"
 #include "cuda/shared.h"
 
 namespace {
@@ -191,16 +191,116 @@ __global__ void wrong_fragment_layout(const float* in, float* out) {
   for (int i = 0; i < 4; ++i) out[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = c[i];
 }
 
+// --- Hopper: the input is a tensor of 3 rows of 64 16-bit elements, and arrives by tensor copy --------------------------
+
+TensorMap input_map;
+
+struct Arrival {
+  float* values;
+  uint64_t* full;
+
+  Arrival(SharedMemory& shared, int bytes = kThreads * 4, uint32_t rows = 3)
+      : values(shared.take<float>(rows * 32, 1024)), full(shared.take<uint64_t>(1)) {
+    if (threadIdx.x == 0) ptx::mbarrier_init(full, 1);
+    __syncthreads();
+    if (threadIdx.x == 0) load(bytes);
+  }
+  void load(int bytes) const {
+    ptx::mbarrier_arrive_expect(full, bytes);
+    ptx::tma_load(values, &input_map, full, 0, 0, 0, 0);
+  }
+  float reversed() const {
+    const int i = kThreads - 1 - threadIdx.x, row = i / 32;
+    return values[row * 32 + (i % 32 / 4 ^ row) * 4 + i % 4];
+  }
+};
+
+template <bool kPlanted>
+__global__ void missing_barrier_wait(const float*, float* out) {
+  SharedMemory shared;
+  const Arrival arrival(shared);
+  if (!kPlanted) ptx::mbarrier_wait(arrival.full, 0);
+  out[threadIdx.x] = arrival.reversed();
+  if (kPlanted) ptx::mbarrier_wait(arrival.full, 0);
+}
+
+template <bool kPlanted>
+__global__ void wrong_barrier_parity(const float*, float* out) {
+  SharedMemory shared;
+  const Arrival arrival(shared);
+  ptx::mbarrier_wait(arrival.full, kPlanted ? 1 : 0);  // parity 1 counts as ended already
+  out[threadIdx.x] = arrival.reversed();
+  ptx::mbarrier_wait(arrival.full, 0);
+}
+
+template <bool kPlanted>
+__global__ void wrong_byte_count(const float*, float* out) {
+  SharedMemory shared;
+  const Arrival arrival(shared, kThreads * 4 + (kPlanted ? 16 : 0));
+  ptx::mbarrier_wait(arrival.full, 0);
+  out[threadIdx.x] = arrival.reversed();
+}
+
+// One stage, loaded twice: the second copy must wait until everybody has read the first.
+template <bool kPlanted>
+__global__ void stage_released_early(const float*, float* out) {
+  SharedMemory shared;
+  uint64_t* empty = shared.take<uint64_t>(1);
+  if (threadIdx.x == 0) ptx::mbarrier_init(empty, kThreads);
+  const Arrival arrival(shared);
+  ptx::mbarrier_wait(arrival.full, 0);
+  if (kPlanted) ptx::mbarrier_arrive(empty);
+  if (threadIdx.x == 0 && kPlanted) {
+    ptx::mbarrier_wait(empty, 0);
+    arrival.load(kThreads * 4);
+  }
+  float total = arrival.reversed();
+  if (!kPlanted) ptx::mbarrier_arrive(empty);
+  if (threadIdx.x == 0 && !kPlanted) {
+    ptx::mbarrier_wait(empty, 0);
+    arrival.load(kThreads * 4);
+  }
+  ptx::mbarrier_wait(arrival.full, 1);
+  total += arrival.reversed();
+  out[threadIdx.x] = total / 2;
+}
+
+// Rows of ones times the input as bfloat16: its odd elements are the floats, the even ones, their low halves, are 0.
+constexpr int kProductThreads = 128;
+enum Product { kRight, kNoFence, kNoWait, kChangedRegister, kChangedTile, kWrongOperand };
+
+template <Product kPlanted>
+__global__ void product(const float*, float* out) {
+  SharedMemory shared;
+  const Arrival arrival(shared, 16 * 128, 16);
+  ptx::mbarrier_wait(arrival.full, 0);
+  uint32_t ones[4] = {0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80};
+  float d[8][4] = {};
+  if (kPlanted != kNoFence) ptx::wgmma_fence();
+  ptx::wgmma_by_columns(__nv_bfloat16{}, d, ones, ptx::wgmma_operand(arrival.values + (kPlanted == kWrongOperand ? 4 : 0)));
+  ptx::wgmma_commit();
+  if (kPlanted == kChangedRegister) ones[1] = 0;
+  if (kPlanted == kChangedTile && threadIdx.x == 0) arrival.values[5] = 7;
+  if (kPlanted != kNoWait) ptx::wgmma_wait<0>(d);
+  if (threadIdx.x < 4)
+    for (int i = 0; i < 16; ++i) out[i / 2 * 8 + threadIdx.x * 2 + i % 2] = d[i / 2][i % 2];
+  ptx::wgmma_wait<0>(d);
+}
+
 struct Fault {
   const char* name;
   void (*right)(const float*, float*);
   void (*planted)(const float*, float*);
   int outputs;
   size_t shared;
+  int threads = kThreads;
 };
 
 #define FAULT(name, shared) \
   { #name, name<false>, name<true>, kThreads, shared }
+
+#define PRODUCT(name, planted) \
+  { #name, product<kRight>, product<planted>, 64, 16 * 128 + 8, kProductThreads }
 
 const Fault kFaults[] = {
     FAULT(missing_syncthreads, kThreads * 4),
@@ -219,6 +319,15 @@ const Fault kFaults[] = {
     FAULT(divergent_barrier, 0),
     FAULT(barrier_after_return, 0),
     FAULT(divergent_shuffle, 0),
+    FAULT(missing_barrier_wait, kThreads * 4 + 8),
+    FAULT(wrong_barrier_parity, kThreads * 4 + 8),
+    FAULT(wrong_byte_count, kThreads * 4 + 8),
+    FAULT(stage_released_early, 1024 + kThreads * 4 + 8),
+    PRODUCT(missing_product_fence, kNoFence),
+    PRODUCT(missing_product_wait, kNoWait),
+    PRODUCT(product_register_changed, kChangedRegister),
+    PRODUCT(product_tile_changed, kChangedTile),
+    PRODUCT(wrong_product_operand, kWrongOperand),
     {"wrong_fragment_layout", wrong_fragment_layout<false>, wrong_fragment_layout<true>, 128, 1024},
 };
 
@@ -227,6 +336,7 @@ float bf16(float x) { return __bfloat162float(__float2bfloat16_rn(x)); }
 float expected(const Fault& fault, const std::vector<float>& in, int i) {
   if (strcmp(fault.name, "missing_syncwarp") == 0) return in[i / 32 * 32 + 31 - i % 32];
   if (fault.outputs == kThreads) return in[kThreads - 1 - i];
+  if (fault.threads == kProductThreads) return i % 2 ? in[i / 2] + in[32 + i / 2] + in[64 + i / 2] : 0;
   float total = 0;
   for (int k = 0; k < 16; ++k) total += bf16(in[(i / 8 * 16 + k) % 91]) * bf16(in[(k * 8 + i % 8) % 83]);
   return total;
@@ -245,8 +355,10 @@ int main(int argc, char** argv) {
     std::vector<float> in(kThreads), out(fault.outputs);
     in.shrink_to_fit();
     for (int i = 0; i < kThreads; ++i) in[i] = static_cast<float>(i * 37 % 101) / 8 + 1;
+    const bool product = fault.threads == kProductThreads;
+    input_map = {reinterpret_cast<unsigned char*>(in.data()), {64, 3, 1, 1}, {128, 384, 384}, {64, product ? 16u : 3u, 1, 1}};
     try {
-      launch({nullptr, 1, fault.name}, strcmp(argv[2], "planted") == 0 ? fault.planted : fault.right, 1, kThreads,
+      launch({nullptr, 1, fault.name}, strcmp(argv[2], "planted") == 0 ? fault.planted : fault.right, 1, fault.threads,
              fault.shared, in.data(), out.data());
     } catch (const std::runtime_error& error) {
       fprintf(stderr, "%s\n", error.what());

@@ -21,7 +21,7 @@ constexpr int kMaxCopies = 512;  // cp.async in flight per thread
 constexpr size_t kMaxShared = 227 << 10;
 constexpr size_t kSlack = 64 << 10;  // room for the gaps between arrays
 
-enum class Wait : uint8_t { none, block, warp, finished };
+enum class Wait : uint8_t { none, block, warp, mbarrier, finished };
 
 struct Copy {
   void* to;
@@ -44,6 +44,7 @@ struct Thread {
   int id;
   Wait wait;
   Site site;
+  const void* barrier;  // the mbarrier it waits for
   Copy copies[kMaxCopies];
   int copy_begin, copy_end, group;
 };
@@ -90,18 +91,23 @@ void describe_deadlock() {
                                    blockIdx.x, blockIdx.y, blockIdx.z, finished_count, thread_count);
   for (int i = 0; i < thread_count && shown < 4; ++i) {
     const Thread& t = threads[i];
-    if (t.wait != Wait::block && t.wait != Wait::warp) continue;
+    if (t.wait == Wait::none || t.wait == Wait::finished) continue;
     if (i > 0 && threads[i - 1].wait == t.wait && threads[i - 1].site.line == t.site.line) continue;
     length += snprintf(failure + length, sizeof failure - length, " thread %d waits at a %s barrier, %s:%d;", i,
-                       t.wait == Wait::block ? "block" : "warp", t.site.file, t.site.line);
+                       t.wait == Wait::block ? "block" : t.wait == Wait::warp ? "warp" : "shared-memory", t.site.file,
+                       t.site.line);
     ++shown;
   }
   failed = true;
 }
 
+bool tensor_copies_in_flight();
+void deliver_tensor_copy();
+
 // Leaves the running thread, which waits or has ended, for another one; for the scheduler if there is none.
 void leave(bool for_good) {
   Thread* from = current;
+  while (ready_count == 0 && tensor_copies_in_flight()) deliver_tensor_copy();
   if (ready_count == 0 || failed) {
     if (!failed && finished_count < thread_count) describe_deadlock();
     switch_fiber(from->fiber, scheduler, for_good);
@@ -117,11 +123,11 @@ void leave(bool for_good) {
 }
 
 const char* name(int operation) {
-  static const char* names[] = {"__syncwarp", "shuffle", "vote", "ldmatrix", "mma"};
+  static const char* names[] = {"__syncwarp", "shuffle", "vote", "ldmatrix", "mma", "wgmma"};
   return names[operation];
 }
 
-enum Operation { kSync, kShuffle, kVote, kLoadMatrix, kMma };
+enum Operation { kSync, kShuffle, kVote, kLoadMatrix, kMma, kWgmma };
 
 // Waits for all threads of the warp; the last to come resolves the operation for all of them.
 template <class Resolve>
@@ -176,6 +182,14 @@ float element(uint32_t pair, int which, Element type) {
   return (sign ? -1.0f : 1.0f) * mantissa * 0x1p-24f;
 }
 
+}  // namespace
+}  // namespace emulation
+
+#include "hopper.h"
+
+namespace emulation {
+namespace {
+
 void run_block() {
   memset(shared, 0xff, sizeof shared);
   __asan_poison_memory_region(shared, sizeof shared);
@@ -189,6 +203,7 @@ void run_block() {
     prepare(t.fiber);
     make_ready(i);
   }
+  reset_hopper();
   current = &threads[take_ready()];
   threadIdx = current->index;
   __tsan_release(begin_sync);
@@ -202,6 +217,7 @@ void thread_ends() {
   for (int i = t.copy_begin; i < t.copy_end; ++i)
     if (t.copies[i].valid_bytes) fail("thread %d ends with a cp.async that it never waited for", t.id);
   if (block_arrived) fail("thread %d ends while others wait at the block barrier of %s:%d", t.id, block_site.file, block_site.line);
+  thread_ends_hopper();
   t.wait = Wait::finished;
   ++finished_count;
   __tsan_release(end_sync);

@@ -43,6 +43,25 @@ void copy_async(void* to, const void* from, int bytes, int valid_bytes);
 void copy_async_commit();
 void copy_async_wait(int groups_left);
 
+// Hopper. A tensor copy's map, a barrier in shared memory, products of a warpgroup (hopper.h).
+struct alignas(64) TensorMap {
+  unsigned char* data;
+  uint64_t sizes[4], strides[3];
+  uint32_t box[4];
+};
+void barrier_init(uint64_t* barrier, int arrivals);
+void barrier_arrive(uint64_t* barrier, int bytes);
+void barrier_wait(uint64_t* barrier, uint32_t parity, Site at);
+void tensor_load(void* to, const TensorMap* map, uint64_t* barrier, int x, int y, int z, int w);
+uint32_t shared_offset(const void* address);
+void wgmma_fence(Site at);
+void wgmma_commit(Site at);
+void wgmma_wait(int groups_left, Site at);
+// a: four registers, or null for the operand in shared memory.
+void wgmma(float* d, int columns, const uint32_t* a, uint64_t a_operand, uint64_t b_operand, bool b_by_rows, bool accumulate,
+           Element element, Site at);
+uint64_t wgmma_count();  // since the program began: have Hopper's kernels run?
+
 [[noreturn]] void fail(const char* format, ...);
 
 }  // namespace emulation

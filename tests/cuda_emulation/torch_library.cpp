@@ -19,3 +19,4 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** str
 }
 
 extern "C" __attribute__((visibility("default"))) void emulation_set_seed(uint64_t seed) { emulation::set_seed(seed); }
+extern "C" __attribute__((visibility("default"))) uint64_t emulation_wgmma_count() { return emulation::wgmma_count(); }

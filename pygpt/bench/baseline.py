@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -63,16 +64,17 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        return cast(Tensor, x + self.mlp(self.ln_2(x)))
 
 
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
+        tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.transformer = nn.ModuleDict(
             {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wte": tokens,
                 "wpe": nn.Embedding(config.block_size, config.n_embd),
                 "drop": nn.Dropout(config.dropout),
                 "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
@@ -80,7 +82,7 @@ class GPT(nn.Module):
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer["wte"].weight
+        self.lm_head.weight = tokens.weight
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -88,14 +90,18 @@ class GPT(nn.Module):
                 residual = name.endswith("c_proj.weight")
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """idx (B, T) -> logits (B, T, vocab) and, with targets (B, T), the mean cross-entropy; negative targets ignored."""
-        layers = self.transformer
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, last_only: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """idx (B, T) -> logits (B, T, vocab), or (B, 1, vocab) with last_only, and, with targets (B, T), the mean
+        cross-entropy; negative targets ignored."""
+        layers: Any = self.transformer
         positions = torch.arange(idx.shape[1], device=idx.device)
         x = layers["drop"](layers["wte"](idx) + layers["wpe"](positions))
         for block in layers["h"]:
             x = block(x)
-        logits = self.lm_head(layers["ln_f"](x))
+        x = layers["ln_f"](x)
+        logits = self.lm_head(x[:, -1:] if last_only else x)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=-1)

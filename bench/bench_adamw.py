@@ -1,0 +1,7 @@
+"""AdamW, with float32 masters for bfloat16, against torch.optim.AdamW(fused=True) in float32."""
+
+from __future__ import annotations
+
+from harness import bench_of
+
+bench_adamw = bench_of("adamw")
