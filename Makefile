@@ -49,7 +49,7 @@ bench: $(VENV)/.bench           ## every op, and GPT-2 124M, against their peers
 	$(BIN)/python bench/model.py
 
 gpu: $(VENV)/.bench             ## on a machine with an NVIDIA GPU: GPU tests, then every op and GPT-2 124M against their peers
-	$(BIN)/python -m pytest tests/test_gpu.py tests/test_cuda_ptx.py
+	$(BIN)/python -m pytest tests/test_gpu.py tests/test_cuda_ptx.py tests/test_cuda_hopper.py
 	$(BIN)/python bench/gpu.py
 
 clean:

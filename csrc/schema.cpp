@@ -50,6 +50,10 @@ STABLE_TORCH_LIBRARY(pygpt, m) {
   // GELU with the tanh approximation, elementwise
   m.def("gelu_forward(Tensor x) -> Tensor");
   m.def("gelu_backward(Tensor grad, Tensor x) -> Tensor");
+  // x (..., C), bias (C,) of one dtype: gelu(x + bias); on GPUs alone
+  m.def("bias_gelu_forward(Tensor x, Tensor bias) -> Tensor");
+  // -> grad_x, grad_bias
+  m.def("bias_gelu_backward(Tensor grad, Tensor x, Tensor bias) -> (Tensor, Tensor)");
 
   // logits (rows, V) contiguous; targets (rows,) int64 -> the rows' losses (rows,) float32, 0 where the target is
   // ignore_index. With replace, logits become their loss's gradient, softmax - one_hot, or 0.

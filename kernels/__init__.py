@@ -19,7 +19,7 @@ OPERATORS = {
     "layer_norm": (
         "layer_norm_forward", "layer_norm_backward", "add_layer_norm_forward", "add_layer_norm_backward",
     ),
-    "gelu": ("gelu_forward", "gelu_backward"),
+    "gelu": ("gelu_forward", "gelu_backward", "bias_gelu_forward", "bias_gelu_backward"),
     "attention": ("causal_attention_forward", "causal_attention_backward"),
 }  # fmt: skip
 
@@ -47,7 +47,8 @@ def serve(take: Collection[str] = ()) -> None:
     for module, names in OPERATORS.items():
         kernels = importlib.import_module(f"pygpt.kernels.{module}")
         for name in names:
-            taken = any(name in (f"{op}_forward", f"{op}_backward", f"{op}_backward_") for op in take)
+            plain = name.removeprefix("bias_")
+            taken = any(plain in (f"{op}_forward", f"{op}_backward", f"{op}_backward_") for op in take)
             if taken or not torch._C._dispatch_has_kernel_for_dispatch_key(f"pygpt::{name}", "CUDA"):
                 library.impl(name, _on_device_of_first_argument(getattr(kernels, name)))
     _library = library

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -47,6 +48,15 @@ def test_the_variable_is_an_error_where_cuda_cannot_run():
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert run.returncode != 0
     assert "backend 'cuda' is not available" in run.stderr
+
+
+def test_every_op_with_cuda_kernels_registers_the_column():
+    sources = Path(__file__).resolve().parents[1].glob("csrc/cuda/*.cpp")
+    compiled = {name for source in sources for name in re.findall(r'm\.impl\("(\w+)_forward"', source.read_text())}
+    compiled.remove("bias_gelu")  # gelu with a bias
+    assert compiled == {op for op, kernels in backends._kernels.items() if "cuda" in kernels}
+    for op in compiled:
+        assert backends._kernels[op]["cuda"] == {torch.float32, torch.bfloat16, torch.float16}
 
 
 def test_auto_prefers_a_gpu_kernel_only_where_it_was_measured(monkeypatch: pytest.MonkeyPatch):

@@ -17,6 +17,7 @@ from common import DOCUMENT_CASES, DOCUMENTS, TOLERANCE, assert_close, document_
 from cuda_emulation import build
 from test_attention import SHAPES as ATTENTION_SHAPES
 from test_attention import explicit
+from test_gelu import SHAPES as GELU_SHAPES
 from test_layer_norm import SHAPES as LAYER_NORM_SHAPES
 
 from pygpt.ops.attention import dropout_mask
@@ -94,6 +95,52 @@ def test_layer_norm_large_mean_keeps_its_variance(op):
         x = random(4, C, dtype=torch.float32) + 3000.0
         y, _, _ = op.layer_norm_forward(x, torch.ones(C), None, 1e-5)
         assert_close(y, F.layer_norm(x.double(), (C,)), torch.bfloat16)
+
+
+# Rows beside each other in a block and rows of several blocks; more rows than partial sums; C with and without 16-byte
+# accesses; sizes that end within what a thread takes.
+GELUS = [(0, 8), (300, 8), (37, 264), (2, 3072), (5, 2056), (2, 1023), (1000, 3)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*GELU_SHAPES, *GELUS], ids=str)
+def test_gelu(op, shape, dtype):
+    x, grad = random(*shape, dtype=dtype), random(*shape, dtype=dtype, seed=1)
+    bias = random(shape[-1], dtype=dtype, seed=2) if shape else None
+    for scale in (1e-4, 1.0, 30.0):
+        compare_gelu(op, (x * scale).to(dtype), grad, bias)
+    for start in (1, 8):  # elements: 1 breaks the alignment of 16-byte accesses
+        moved = torch.cat([torch.zeros(start, dtype=dtype), x.flatten()])[start:].view(shape)
+        compare_gelu(op, moved, grad, bias)
+    if shape and shape[-1] > 1:
+        compare_gelu(op, torch.cat([x, x], -1)[..., 1 : 1 + shape[-1]], grad, bias)
+
+
+def compare_gelu(op, x, grad, bias=None):
+    dtype, reference = x.dtype, double(x).requires_grad_()
+    expected = F.gelu(reference, approximate="tanh")
+    (wanted,) = torch.autograd.grad(expected, reference, grad.double())
+    assert_close(op.gelu_forward(x), expected, dtype, "y", 1e-6)
+    assert_close(op.gelu_backward(grad, x), wanted, dtype, "grad x")
+    if bias is None:
+        return
+    shift = double(bias).requires_grad_()
+    expected = F.gelu(reference + shift, approximate="tanh")
+    wanted = torch.autograd.grad(expected, (reference, shift), grad.double())
+    assert_close(op.bias_gelu_forward(x, bias), expected, dtype, "y with bias")
+    for name, g, w in zip(["grad x with bias", "grad bias"], op.bias_gelu_backward(grad, x, bias), wanted, strict=True):
+        assert_close(g, w, dtype, name)
+
+
+def test_gelu_far_from_zero(op):
+    far = torch.tensor([20.0, 1e3, 1e13, 1e20, 3e38])
+    x = torch.cat([far, -far, torch.tensor([torch.inf, 0.0, -0.0])])
+    y, slope = op.gelu_forward(x), op.gelu_backward(torch.ones_like(x), x)
+    torch.testing.assert_close(y, x.clamp(min=0), rtol=0, atol=1e-30)
+    torch.testing.assert_close(slope, torch.cat([(x[:-2] > 0).float(), torch.full((2,), 0.5)]), rtol=0, atol=1e-30)
+    nan = torch.full((9,), torch.nan)
+    assert op.gelu_forward(nan).isnan().all()
+    assert op.gelu_backward(torch.ones(9), nan).isnan().all()
 
 
 # V below and above one digit of the sort; tokens in one tile and in several; C with and without 16-byte accesses.
@@ -277,6 +324,7 @@ def test_same_bits_under_every_order(library):
         library.emulation_set_seed(ctypes.c_uint64(seed))
         y, mean, rstd = torch.ops.pygpt_emulated.layer_norm_forward(x, weight, weight, 1e-5)
         grads = torch.ops.pygpt_emulated.layer_norm_backward(grad, x, weight, mean, rstd, True)
+        grads += torch.ops.pygpt_emulated.bias_gelu_backward(grad, x, weight)
         results.append(torch.cat([y.flatten(), mean, rstd, *(g.flatten() for g in grads)]))
     assert all(torch.equal(results[0], other) for other in results[1:])
 
@@ -286,7 +334,18 @@ def test_bad_shapes_are_errors_that_name_the_operator(op):
         op.layer_norm_forward(torch.ones(2, 8), torch.ones(7), None, 1e-5)
     with pytest.raises(RuntimeError, match="must be float32, bfloat16 or float16"):
         op.layer_norm_forward(torch.ones(2, 8).double(), torch.ones(8), None, 1e-5)
+    for bias in (torch.ones(7), torch.ones(8, 1), torch.ones(8).half()):
+        with pytest.raises(RuntimeError, match="bias_gelu_forward: bias must"):
+            op.bias_gelu_forward(torch.ones(2, 8), bias)
+    with pytest.raises(RuntimeError, match="bias_gelu_backward: grad must match x"):
+        op.bias_gelu_backward(torch.ones(8), torch.ones(2, 8), torch.ones(8))
     x = torch.ones(2, 6, 1, 8)
     for starts in (torch.zeros(2, 6), torch.zeros(2, 5).int(), torch.zeros(12).int()):
         with pytest.raises(RuntimeError, match=r"document_start must be int32 \(B, T\)"):
             op.causal_attention_forward(x, x, x, 1.0, 0.0, None, starts)
+
+
+def test_a_launch_that_fails_names_the_operator_and_the_shape(op):
+    C = 65536 * 128 + 1  # columns that take more blocks than the grid's second dimension has
+    with pytest.raises(RuntimeError, match=rf"bias_gelu_forward of \(1, {C}\): CUDA error: invalid configuration"):
+        op.bias_gelu_forward(torch.zeros(1, C, dtype=torch.float16), torch.zeros(C, dtype=torch.float16))

@@ -14,11 +14,12 @@ from pygpt.ops import backends
 from pygpt.ops.gelu import gelu_reference
 
 DTYPES = [torch.float32, torch.bfloat16]
+SHAPES = [(), (0,), (1,), (3, 5, 7), (16,), (2, 17), (300, 401)]
 needs_extension = pytest.mark.skipif(backends.extension is None, reason="pygpt._C is not built")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 5, 7), (16,), (2, 17), (300, 401)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 30.0])
 def test_matches_float64(capability, shape, dtype, scale):
     x = leaf(*shape, dtype=dtype, scale=scale)
@@ -58,6 +59,32 @@ def test_opcheck_gradcheck_and_compile():
     assert torch.autograd.gradcheck(gelu_reference, (leaf(3, 4, dtype=torch.float64),))
     compiled = torch.compile(lambda t: ops.gelu(t) * 2, fullgraph=True, backend="aot_eager")
     assert_close(compiled(x), 2 * F.gelu(x.double(), approximate="tanh"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bias(capability, dtype):
+    for bias_dtype in {dtype, torch.float32}:
+        x, bias, cotangent = (
+            leaf(2, 5, 17, dtype=dtype),
+            leaf(17, dtype=bias_dtype, seed=1),
+            leaf(2, 5, 17, dtype=dtype, seed=2),
+        )
+        reference = double(x), double(bias)
+        y, expected = ops.gelu(x, bias), gelu_reference(*reference)
+        assert y.dtype == dtype
+        assert_close(y, expected, dtype, "y")
+        grads = torch.autograd.grad(y, (x, bias), cotangent)
+        for actual, wanted in zip(grads, torch.autograd.grad(expected, reference, cotangent.double()), strict=True):
+            # On CPUs x + bias is rounded before GELU, whose slope then is another one
+            assert_close(actual, wanted, dtype, "grad", floor=4.0)
+
+
+def test_bad_bias():
+    for shape in [(4,), (3, 1), ()]:
+        with pytest.raises(ValueError, match=r"bias must be \(C,\)"):
+            ops.gelu(torch.ones(2, 3), torch.ones(shape))
+    with pytest.raises(TypeError, match=r"bias is torch\.int64"):
+        ops.gelu(torch.ones(2, 3), torch.ones(3, dtype=torch.long))
 
 
 def test_bad_input():

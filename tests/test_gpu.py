@@ -102,8 +102,10 @@ def test_attention_of_one_query_and_many_keys(column):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_gelu(column, dtype):
-    check(ops.gelu, [draw(1000, 3072, dtype=dtype, scale=3.0)], dtype)
+@pytest.mark.parametrize(("rows", "C"), [(4096, 3072), (1000, 6400), (77, 1023)])
+def test_gelu(column, rows, C, dtype):
+    check(ops.gelu, [draw(rows, C, dtype=dtype, scale=3.0)], dtype)
+    check(ops.gelu, [draw(rows, C, dtype=dtype, scale=3.0), draw(C, dtype=dtype, seed=1)], dtype)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)

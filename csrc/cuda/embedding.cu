@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kMaxColumns) sum_positions(EmbeddingBackward p
 dim3 columns_grid(int64_t rows, int64_t C, int V, dim3& block) {
   const int64_t vectors = ceil_div(C, V);
   block = dim3(static_cast<unsigned>(std::min<int64_t>(ceil_div(vectors, kWarp) * kWarp, kMaxColumns)));
-  return dim3(static_cast<unsigned>(rows), static_cast<unsigned>(ceil_div(vectors, block.x)));
+  return dim3(grid_size(rows), grid_size(ceil_div(vectors, block.x)));
 }
 
 template <class T, int V>

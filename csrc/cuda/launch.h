@@ -42,4 +42,7 @@ void launch(const Launch& at, void (*kernel)(Parameters...), dim3 grid, dim3 blo
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Blocks in one dimension of a grid. Too many stay too many: then the launch fails, where a cast would wrap around.
+constexpr unsigned grid_size(int64_t blocks) { return static_cast<unsigned>(blocks < UINT32_MAX ? blocks : UINT32_MAX); }
+
 }  // namespace pygpt::cuda

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 
+#include "cuda/partials.h"
 #include "cuda/shared.h"
 #include "cuda/warp.h"
 
@@ -243,18 +244,12 @@ __global__ void __launch_bounds__(kPlainThreads) partial_plain(LayerNormBackward
   p.partial[(chunk * 2 + 1) * p.C + c] = sum_bias;
 }
 
-// Adds the partial sums in order: 32 columns a block, each summed by 8 threads and then over those 8.
+// 2 C columns: the weight's gradient, then the bias'.
 template <class W>
-__global__ void __launch_bounds__(kPlainThreads) finish_weights(LayerNormBackward p, int64_t partials) {
-  float* sums = SharedMemory().take<float>(kPlainThreads);
-  const int64_t column = int64_t(blockIdx.x) * kWarp + threadIdx.x;  // of 2 C: weight, then bias
-  float total = 0;
-  if (column < 2 * p.C)
-    for (int64_t i = threadIdx.y; i < partials; i += blockDim.y) total += p.partial[i * 2 * p.C + column];
-  sums[threadIdx.y * kWarp + threadIdx.x] = total;
-  __syncthreads();
+__global__ void __launch_bounds__(kPartialThreads) finish_weights(LayerNormBackward p, int64_t partials) {
+  const float total = column_sum(p.partial, partials, 2 * p.C);
+  const int64_t column = int64_t(blockIdx.x) * kWarp + threadIdx.x;
   if (threadIdx.y > 0 || column >= 2 * p.C) return;
-  for (unsigned i = 1; i < blockDim.y; ++i) total += sums[i * kWarp + threadIdx.x];
   void* to = column < p.C ? p.grad_weight : p.grad_bias;
   if (to) *at<W>(to, column < p.C ? column : column - p.C) = from_float<W>(total);
 }
@@ -275,11 +270,11 @@ template <class T, class W>
 void forward(const LayerNormForward& p, const Launch& at) {
   const dim3 block = row_block(p.C);
   if (vectorizes(p.C, p.dtype, {p.x, p.residual, p.weight, p.bias, p.sum, p.y})) {
-    const auto blocks = static_cast<unsigned>(ceil_div(p.rows, block.y));
+    const auto blocks = grid_size(ceil_div(p.rows, block.y));
     launch(at, forward_vector<T, W>, blocks, block, kMaxThreads / kWarp * sizeof(float), p);
   } else {
     const size_t shared = kPlainThreads / kWarp * sizeof(float);
-    launch(at, forward_plain<T, W>, static_cast<unsigned>(p.rows), kPlainThreads, shared, p);
+    launch(at, forward_plain<T, W>, grid_size(p.rows), kPlainThreads, shared, p);
   }
 }
 
@@ -292,12 +287,12 @@ void backward(const LayerNormBackward& p, const Launch& at) {
     launch(at, backward_vector<T, W>, static_cast<unsigned>(partials), block, shared, p);
   } else if (partials) {
     const size_t shared = kPlainThreads / kWarp * sizeof(float);
-    launch(at, backward_plain<T, W>, static_cast<unsigned>(p.rows), kPlainThreads, shared, p);
-    const auto columns = static_cast<unsigned>(ceil_div(p.C, kPlainThreads));
+    launch(at, backward_plain<T, W>, grid_size(p.rows), kPlainThreads, shared, p);
+    const auto columns = grid_size(ceil_div(p.C, kPlainThreads));
     launch(at, partial_plain<T>, dim3(columns, static_cast<unsigned>(partials)), kPlainThreads, 0, p);
   }
-  launch(at, finish_weights<W>, static_cast<unsigned>(ceil_div(2 * p.C, kWarp)), dim3(kWarp, kPlainThreads / kWarp),
-         kPlainThreads * sizeof(float), p, partials);
+  launch(at, finish_weights<W>, grid_size(ceil_div(2 * p.C, kWarp)), dim3(kWarp, kPartialThreads / kWarp),
+         kPartialShared, p, partials);
 }
 
 }  // namespace

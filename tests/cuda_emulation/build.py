@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 FOLDER = ROOT / "build" / "cuda_emulation"
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-OPERATORS = ["attention", "embedding", "layer_norm"]  # csrc/cuda/NAME.cpp is the host side
+OPERATORS = ["attention", "embedding", "gelu", "layer_norm"]  # csrc/cuda/NAME.cpp is the host side
 
 FLAGS = "-std=c++20 -fPIC -fno-strict-aliasing -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas"
 SANITIZERS = {

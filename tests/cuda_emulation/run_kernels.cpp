@@ -8,6 +8,7 @@
 
 #include "cuda/attention.h"
 #include "cuda/embedding.h"
+#include "cuda/gelu.h"
 #include "cuda/layer_norm.h"
 
 namespace {
@@ -53,6 +54,19 @@ void embedding(DType dtype, int64_t B, int64_t T_, int64_t V, int64_t C) {
   Buffer<float> partial(embedding_chunks(B * T_) * 2 * C);
   embedding_backward({dtype, dtype, idx.data, out.data, token.data, position.data, B * T_, T_, V, C, 1,
                       {keys.data, keys2.data}, {places.data, places2.data}, counts.data, partial.data}, kAt);
+}
+
+template <class T>
+void gelu(DType dtype, int64_t rows, int64_t C, bool biased) {
+  Buffer<T> x(rows * C), bias(C), y(rows * C), grad(rows * C), grad_x(rows * C), grad_bias(C);
+  Buffer<float> partial(gelu_partials(rows, C, dtype, kAt.multiprocessors) * C);
+  Gelu p{.dtype = dtype, .x = x.data, .bias = biased ? bias.data : nullptr, .y = y.data, .count = rows * C, .C = C};
+  gelu_forward(p, kAt);
+  p.grad = grad.data;
+  p.grad_x = grad_x.data;
+  p.grad_bias = grad_bias.data;
+  p.partial = partial.data;
+  gelu_backward(p, kAt);
 }
 
 template <class T>
@@ -103,6 +117,12 @@ int main(int argc, char** argv) {
   embedding<float>(DType::f32, 2, 37, 300, 72);
   embedding<__nv_bfloat16>(DType::bf16, 1, 1100, 7, 5);
   puts("embedding");
+  for (const bool biased : {false, true}) {
+    gelu<float>(DType::f32, 9, 33, biased);
+    gelu<__nv_bfloat16>(DType::bf16, 70, 264, biased);
+    gelu<__half>(DType::f16, 3, 2056, biased);
+  }
+  puts("gelu");
   for (const auto& [rows, C] : {std::pair<int64_t, int64_t>{1, 1}, {3, 7}, {21, 72}, {3, 1608}}) {
     layer_norm<float>(DType::f32, rows, C);
     layer_norm<__nv_bfloat16>(DType::bf16, rows, C);

@@ -126,7 +126,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t) { return "emulated error"; }
+inline const char* cudaGetErrorString(cudaError_t) { return "invalid configuration argument"; }
 
 // Runs the kernel before it returns. A mistake that the emulation finds is thrown, with its own message.
 template <class... Parameters, class... Arguments>
@@ -136,6 +136,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     std::tuple<Parameters...> arguments;
   } call{kernel, {arguments...}};
   const dim3 &grid = config->gridDim, &block = config->blockDim;
+  const bool empty = !grid.x || !grid.y || !grid.z || !block.x || !block.y || !block.z;
+  if (empty || grid.x > 0x7fffffffu || grid.y > 0xffff || grid.z > 0xffff || block.x * block.y * block.z > 1024 ||
+      config->dynamicSmemBytes > 227 * 1024)
+    return cudaErrorInvalidConfiguration;
   ::emulation::run_grid(
       {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, config->dynamicSmemBytes,
       [](void* argument) {
