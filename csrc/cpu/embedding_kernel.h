@@ -26,7 +26,7 @@ int64_t embedding_rows(const int64_t* idx, const T* token, const T* position, T*
       if (position) {
         const T* add = position + t * C;
         PYGPT_FOR_LANES(C, store_step(to + i, load_step(from + i, n) + load_step(add + i, n), n);)
-      } else {
+      } else if (C > 0) {  // rows of no columns may lie at no address, which memcpy does not take
         std::memcpy(to, from, C * sizeof(T));
       }
     }
