@@ -25,6 +25,21 @@ def assert_close(
     assert (error <= allowed).all(), f"{what}: error {error.max().item():.3g} against values up to {largest.item():.3g}"
 
 
+# The shapes that every column's tests go over, beside those that their own tiles suggest: sizes 0 and 1, primes, and one
+# more or less than a tile.
+LAYER_NORM_SHAPES = [
+    (1, 1), (3, 1), (2, 5, 7), (4, 16), (5, 17), (2, 3, 64), (1, 768), (33, 768), (700, 40), (0, 8), (2, 0, 8)
+]  # fmt: skip
+EMBEDDING_SHAPES = [  # B, T, V, C
+    (1, 1, 1, 1), (2, 3, 5, 1), (3, 7, 11, 17), (2, 16, 65, 64), (1, 31, 300, 130), (4, 64, 50, 768), (0, 3, 5, 4),
+    (2, 0, 5, 4), (2, 3, 5, 0),
+]  # fmt: skip
+ATTENTION_SHAPES = [  # B, T, S, H, D
+    (1, 1, 1, 1, 1), (2, 64, 64, 3, 64), (1, 65, 65, 2, 32), (1, 127, 127, 1, 128), (1, 130, 130, 1, 256),
+    (2, 97, 97, 2, 7), (1, 67, 131, 2, 48), (2, 5, 70, 2, 33), (1, 1, 300, 2, 64), (2, 4, 513, 1, 40), (1, 3, 3, 1, 80),
+    (1, 200, 264, 1, 16),
+]  # fmt: skip
+
 # Rows of packed documents by their lengths: all rows of a case are as long. Kernels work on tiles of 16 to 128 tokens, so
 # borders lie on them, beside them and inside. Documents of one token are also what padding before a prompt is.
 DOCUMENTS = {

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from common import DOCUMENT_CASES, DOCUMENTS, assert_close, document_starts, double, leaf
+from common import ATTENTION_SHAPES, DOCUMENT_CASES, DOCUMENTS, assert_close, document_starts, double, leaf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,20 +17,6 @@ from pygpt.ops import backends
 from pygpt.ops.attention import causal_attention_reference, draw_seed, dropout_mask, philox4x32
 
 DTYPES = [torch.float32, torch.bfloat16]
-SHAPES = [  # B, T, S, H, D
-    (1, 1, 1, 1, 1),
-    (2, 64, 64, 3, 64),
-    (1, 65, 65, 2, 32),
-    (1, 127, 127, 1, 128),
-    (1, 130, 130, 1, 256),
-    (2, 97, 97, 2, 7),
-    (1, 67, 131, 2, 48),
-    (2, 5, 70, 2, 33),
-    (1, 1, 300, 2, 64),
-    (2, 4, 513, 1, 40),
-    (1, 3, 3, 1, 80),
-    (1, 200, 264, 1, 16),
-]
 needs_extension = pytest.mark.skipif(backends.extension is None, reason="pygpt._C is not built")
 forward_op = torch.ops.pygpt.causal_attention_forward if backends.extension else None
 backward_op = torch.ops.pygpt.causal_attention_backward if backends.extension else None
@@ -84,7 +70,7 @@ def compare(q, k, v, scale=None, dropout_p=0.0, what="", document_start=None):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
 def test_matches_float64(capability, shape, dtype, dropout_p):
     compare(*qkv(*shape, dtype=dtype), dropout_p=dropout_p)
 

@@ -13,12 +13,21 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from common import DOCUMENT_CASES, DOCUMENTS, TOLERANCE, assert_close, document_starts, double, leaf
+from common import (
+    ATTENTION_SHAPES,
+    DOCUMENT_CASES,
+    DOCUMENTS,
+    EMBEDDING_SHAPES,
+    LAYER_NORM_SHAPES,
+    TOLERANCE,
+    assert_close,
+    document_starts,
+    double,
+    leaf,
+)
 from cuda_emulation import build
-from test_attention import SHAPES as ATTENTION_SHAPES
 from test_attention import explicit
 from test_gelu import SHAPES as GELU_SHAPES
-from test_layer_norm import SHAPES as LAYER_NORM_SHAPES
 
 from pygpt.ops.attention import dropout_mask
 
@@ -145,11 +154,9 @@ def test_gelu_far_from_zero(op):
 
 # V below and above one digit of the sort; tokens in one tile and in several; C with and without 16-byte accesses.
 EMBEDDINGS = [
-    (1, 1, 1, 1),
-    (2, 3, 5, 8),
+    *EMBEDDING_SHAPES,
     (3, 17, 300, 72),
     (1, 40, 1, 16),
-    (2, 0, 5, 8),
     (2, 700, 70000, 7),
     (1, 33, 11, 2056),
     (64, 2, 65536, 16),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import assert_close, double, leaf
+from common import EMBEDDING_SHAPES, assert_close, double, leaf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,15 +13,6 @@ from pygpt.ops import backends
 from pygpt.ops.embedding import embedding_reference
 
 DTYPES = [torch.float32, torch.bfloat16]
-SHAPES = [
-    (1, 1, 1, 1),
-    (2, 3, 5, 1),
-    (3, 7, 11, 17),
-    (2, 16, 65, 64),
-    (1, 31, 300, 130),
-    (4, 64, 50, 768),
-]  # B, T, V, C
-EMPTY = [(0, 3, 5, 4), (2, 0, 5, 4), (2, 3, 5, 0)]
 needs_extension = pytest.mark.skipif(backends.extension is None, reason="pygpt._C is not built")
 
 
@@ -55,7 +46,7 @@ def compare(idx, token_table, position_table, offset, grad):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES + EMPTY, ids=str)
+@pytest.mark.parametrize("shape", EMBEDDING_SHAPES, ids=str)
 @pytest.mark.parametrize("offset", [None, 0, 5])
 def test_matches_float64(capability, shape, dtype, offset):
     B, T, V, C = shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from common import assert_close, double, leaf
+from common import LAYER_NORM_SHAPES, assert_close, double, leaf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +14,6 @@ from pygpt.ops import backends
 from pygpt.ops.layer_norm import add_layer_norm_reference, layer_norm_reference
 
 DTYPES = [torch.float32, torch.bfloat16]
-SHAPES = [(1, 1), (3, 1), (2, 5, 7), (4, 16), (5, 17), (2, 3, 64), (1, 768), (33, 768), (700, 40), (0, 8), (2, 0, 8)]
 # Floor of the comparison of gradients: of 1 or 2 columns they cancel out but for roundings, times up to 1 / sqrt(eps).
 FLOOR = {1: 3.0, 2: 3.0}
 needs_extension = pytest.mark.skipif(backends.extension is None, reason="pygpt._C is not built")
@@ -52,7 +51,7 @@ def compare(x, residual, weight, bias, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", LAYER_NORM_SHAPES, ids=str)
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_matches_float64(capability, shape, dtype, with_bias):
     C = shape[-1]
