@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo arc test bench gpu lint clean
+.PHONY: demo arc test sanitize bench gpu lint clean
 
 demo: $(VENV)/.train            ## pretrain a small GPT on Python's standard library and print a sample
 	$(BIN)/pygpt info
@@ -24,18 +24,34 @@ arc: $(VENV)/.train,data        ## from raw text to a spam filter and an assista
 test: $(VENV)/.test             ## every test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
+# In an environment of its own, which sees the packages of $(VENV), and in its folder, where no sources shadow what was
+# installed. Leaks are not looked for: Python leaves objects at exit.
+SANITIZED := build/sanitize
+CPU_TESTS := $(addprefix $(CURDIR)/tests/test_,attention.py attention_bias.py embedding.py layer_norm.py gelu.py linear.py cross_entropy.py optim.py)
+sanitize: $(VENV)/.test         ## tests of the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
+	test -x $(SANITIZED)/bin/python || $(BIN)/python -m venv --without-pip $(SANITIZED)
+	$(BIN)/python -c "import sys; print(*filter(lambda path: path.endswith('site-packages'), sys.path), sep='\n')" \
+	  > $$($(SANITIZED)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/packages.pth
+	PYGPT_CUDA=off $(PIP) --python $(SANITIZED)/bin/python install -q --no-build-isolation --no-deps --force-reinstall \
+	  -Cbuild-dir=$(SANITIZED)/cmake -Ccmake.define.PYGPT_SANITIZE=ON .
+	cd $(SANITIZED) && export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	  && bin/python -c "import pygpt._C" \
+	  && bin/python -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) --timeout 1800 -p no:cacheprovider $(CPU_TESTS)
+
 lint: $(VENV)/.dev              ## formatting, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.bench           ## every op and the model against eager PyTorch; writes bench/results/
+bench: $(VENV)/.bench           ## every op, and GPT-2 124M, against their peers (about an hour); writes bench/results/
 	$(BIN)/python -m pytest bench
+	$(BIN)/python bench/model.py
 
 # With no network: VENV=<an environment that has a CUDA build of torch> TORCH=torch, and what it lacks as wheels named by
 # PIP_NO_INDEX=1 PIP_FIND_LINKS=<folder>. Tests that fail or hang do not keep the bench from running; the exit status tells.
 gpu: $(VENV)/.gpu               ## on a machine with an NVIDIA GPU: GPU tests, then every op and GPT-2 124M against their peers
-	timeout 100 $(BIN)/python -m pytest tests/test_gpu.py; tested=$$?; $(BIN)/python bench/gpu.py && exit $$tested
+	timeout 120 $(BIN)/python -m pytest tests/test_gpu.py tests/test_cuda_ptx.py; tested=$$?; $(BIN)/python bench/gpu.py && exit $$tested
 
 clean:
 	rm -rf $(VENV) build

@@ -205,6 +205,15 @@ def attention_peers(T: int, device: torch.device) -> dict[str, Callable[[Tensor,
     return peers
 
 
+def hopper_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The CUDA column's forward for compute capability 9.0, which runs on request only until it has measured faster."""
+    os.environ["PYGPT_CUDA_HOPPER"] = "1"
+    try:
+        return ops.causal_attention(q, k, v)
+    finally:
+        del os.environ["PYGPT_CUDA_HOPPER"]
+
+
 def attention(bench: Bench) -> None:
     lengths = (64,) if bench.smoke else (1024, 512, 2048, 4096, 16384)
     for D in (64, 128):
@@ -215,6 +224,8 @@ def attention(bench: Bench) -> None:
             packed = torch.randn(B, T, 3, H, D, dtype=torch.bfloat16, device=bench.device)
             q, k, v = (x.detach().requires_grad_() for x in packed.unbind(2))
             runs = {f"pygpt {name}": (lambda: ops.causal_attention(q, k, v)) for name in ours()}
+            if bench.device.type == "cuda" and torch.cuda.get_device_capability()[0] == 9 and "cuda" in ours():
+                runs["pygpt cuda, Hopper"] = lambda: hopper_attention(q, k, v)
             for name, peer in attention_peers(T, bench.device).items():
                 runs[name] = lambda peer=peer: peer(q, k, v)
             for name, run in runs.items():

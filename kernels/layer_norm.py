@@ -38,7 +38,7 @@ FORWARD = (  # up to 1,024 columns a single warp has the row and reduces without
     (4096, Config(1, 4096, 4)),
     (8192, Config(1, 8192, 8)),
     (16384, Config(1, 16384, 16)),
-    (math.inf, Config(1, 4096, 4)),
+    (math.inf, Config(1, 4096, 8)),
 )
 BACKWARD = (  # 16 values a thread of each of x, grad, weight and the two accumulators
     (64, Config(32, 64, 4)),

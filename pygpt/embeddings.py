@@ -69,6 +69,8 @@ class EmbeddingsConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed must be from 0 to 4294967295, got {self.seed}")
         if not (self.near or self.maps or self.export):
             raise InputError("nothing to do: ask for --near, --map, --map-file, --map-top or --export")
         if self.data is not None and not self.near and self.map_top is None:

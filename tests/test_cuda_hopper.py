@@ -157,7 +157,7 @@ SHAPES = [
 
 @pytest.mark.parametrize(("dtype", "dropout_p"), [(torch.bfloat16, 0.0), (torch.float16, 0.25)], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_attention(op, library, shape, dtype, dropout_p, seed):
     library.emulation_set_seed(ctypes.c_uint64(seed))
     B, T, S, H, D = shape

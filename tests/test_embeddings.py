@@ -387,6 +387,7 @@ def test_export_and_a_file_in_place_of_a_run(run: Path, tmp_path: Path, capsys: 
         ({}, "nothing to do: ask for --near"),
         ({"near": ("x",), "count": 0}, "count must be at least 1, got 0"),
         ({"map_top": 0}, "map_top must be at least 1, got 0"),
+        ({"map": ("x",), "seed": 2**32}, "seed must be from 0 to 4294967295, got 4294967296"),
         ({"map": ("x",), "data": Path("data")}, "data is for near and map_top"),
     ],
 )

@@ -53,16 +53,23 @@ Attention describe(const Tensor& q, const Tensor& k, const Tensor& v, double sca
   return p;
 }
 
-// The Hopper kernel was not measured against the portable one yet: it runs on request only.
-#ifdef PYGPT_CUDA_HOPPER
-bool use_hopper(const Attention& p, const OnDevice& device) {
+// Runs the Hopper kernel, and says whether it did. It was not measured against the portable one yet: on request only.
+bool hopper_forward([[maybe_unused]] const Attention& p, const OnDevice& device) {
   const char* asked = std::getenv("PYGPT_CUDA_HOPPER");
   if (!asked || std::string_view(asked) != "1") return false;
   int major = 0;
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device.device), device);
-  return major == 9 && attention_on_hopper(p);
-}
+  if (major != 9) return false;
+#ifdef PYGPT_CUDA_HOPPER
+  if (!attention_on_hopper(p)) return false;
+  attention_hopper_forward(p, device);
+  return true;
+#else
+  PYGPT_CHECK(false, device.what, ": PYGPT_CUDA_HOPPER=1, but this build has no architecture 90a: unset it, or build ",
+              "with PYGPT_CUDA=on or PYGPT_CUDA_ARCHS=90a-real");
+  return false;
 #endif
+}
 
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, double scale, double dropout_p,
                                    std::optional<Tensor> seed, std::optional<Tensor> document_start) {
@@ -83,12 +90,7 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, double scale, d
     attention_plain_forward(p, device);
     return {out, lse};
   }
-#ifdef PYGPT_CUDA_HOPPER
-  if (use_hopper(p, device)) {
-    attention_hopper_forward(p, device);
-    return {out, lse};
-  }
-#endif
+  if (hopper_forward(p, device)) return {out, lse};
   p.splits = attention_splits(p, device.multiprocessors);
   const int64_t parts = p.splits > 1 ? p.splits : 0;
   Tensor partial_out = new_empty(q, {parts, p.B, p.H, p.T, p.D}, ScalarType::Float);

@@ -8,6 +8,7 @@ memory is measured, everyone has a process alone, one after the other, first in 
 from __future__ import annotations
 
 import contextlib
+import platform
 import statistics
 import time
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from pygpt.bench.timing import DTYPES, commit, machine
 from pygpt.bench.worker import Case, Worker, WorkerError
 from pygpt.errors import InputError
 from pygpt.model import PRESETS
+from pygpt.ops import backends
 from pygpt.train.trainer import resolve_device
 
 NAMES = (*OPS, *PEERS)
@@ -105,7 +107,7 @@ def bench(config: BenchConfig, console: Console | None = None) -> list[Row]:
     with contextlib.ExitStack() as stack, console.status("starting") as status:
         shared: dict[str, Worker] = {}
         for case, label in cases(config, device):
-            status.update(f"{label}, {case.dtype}, {case.passes}")
+            status.update(f"{case.op} {label}, {case.dtype}, {case.passes}")
             alone = case.op in PEERS and not config.quick
             if not alone and not shared:
                 shared = {kind: stack.enter_context(Worker(kind == TUNED, threads)) for kind in allocators(device)}
@@ -131,8 +133,9 @@ def show(rows: list[Row], about: dict[str, Any], out: Path, console: Console) ->
 
 
 def allocators(device: str) -> tuple[str, ...]:
-    """On a GPU the memory is torch's own."""
-    return (TUNED, PLAIN) if device == "cpu" else (PLAIN,)
+    """Both settings where there are two: `pygpt.tune_allocator` works with glibc, and on a GPU the memory is torch's own."""
+    can_tune = backends.extension is not None and platform.libc_ver()[0] == "glibc"
+    return (TUNED, PLAIN) if device == "cpu" and can_tune else (PLAIN,)
 
 
 def cases(config: BenchConfig, device: str) -> Iterator[tuple[Case, str]]:

@@ -87,7 +87,7 @@ def _training(
     forward = torch.compile(model) if side == "torch.compile" else model
 
     def autocast() -> AbstractContextManager[Any]:
-        return nullcontext() if dtype == torch.float32 else torch.autocast(device, dtype)
+        return nullcontext() if dtype == torch.float32 else torch.autocast(torch.device(device).type, dtype)
 
     def peer_step() -> float:
         with autocast():

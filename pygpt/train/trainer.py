@@ -26,7 +26,7 @@ from pygpt.classifier import Classifier
 from pygpt.data.instructions import Template
 from pygpt.errors import InputError, MissingFileError, PygptError
 from pygpt.model import GPT
-from pygpt.optim import build_optimizer, clip_grad_norm, cosine_with_warmup
+from pygpt.optim import build_optimizer, clip_factor, cosine_with_warmup
 from pygpt.peaks import peak_flops
 from pygpt.tokenizer import Tokenizer
 from pygpt.train.checkpoint import (
@@ -263,8 +263,8 @@ class Trainer:
                 loss = self.loss_fn(self.forward, tuple(map(self._to_device, tensors))) * (count / sum(targets))
                 loss.backward()
                 total += loss.detach()
-        norm = clip_grad_norm(self.model.parameters(), self.config.grad_clip)
-        self.optimizer.step()
+        norm, factor = clip_factor(self.model.parameters(), self.config.grad_clip)
+        self.optimizer.step(grad_factor=factor)
         self.optimizer.zero_grad(set_to_none=True)
         return total, norm, sum(tensors[0].numel() for tensors in batches)
 

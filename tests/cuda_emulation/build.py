@@ -46,7 +46,7 @@ def missing() -> str:
 
 @functools.cache
 def build(*targets: str) -> list[Path]:
-    """Build the named targets: emulation.so, faults_plain, run_kernels_asan, ... Returns their paths."""
+    """Build the named targets: emulation.so, conformance.so, faults_plain, run_kernels_asan, ... Returns their paths."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     text = _ninja()
     with open(FOLDER / "lock", "w") as lock:
@@ -73,6 +73,10 @@ def _ninja() -> str:
     def compile_(out: str, source: Path, flags: str) -> str:
         lines.append(f"build {out}: compile {source}\n  flags = {flags}")
         return out
+
+    # A kernel for each wrapper of an instruction, called from Python.
+    wrappers = compile_("library/conformance.o", HERE / "conformance.cu", f"{device} -O2")
+    lines.append(f"build conformance.so: library {wrappers} library/runtime.o\n  flags = -Wl,--no-undefined")
 
     # The library for Python: operators pygpt_emulated::* on CPU tensors.
     objects = [compile_("library/runtime.o", HERE / "runtime.cpp", f"{FLAGS} -O2")]

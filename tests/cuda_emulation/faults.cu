@@ -94,6 +94,39 @@ __global__ void global_out_of_bounds(const float* in, float* out) {
 }
 
 template <bool kPlanted>
+__global__ void misaligned_load(const float* in, float* out) {
+  const auto* vectors = reinterpret_cast<const float4*>(in + (kPlanted ? 1 : 0));
+  out[threadIdx.x] = in[kThreads - 1 - threadIdx.x] + 0.0f * vectors[threadIdx.x / 8].x;
+}
+
+// An index of 32 bits where a tensor can have more elements.
+template <bool kPlanted>
+__global__ void index_overflow(const float* in, float* out) {
+  const int rows = static_cast<int>(in[0]) << 16;  // in[0] is 1
+  const int64_t elements = kPlanted ? rows * rows : int64_t(rows) * rows;
+  out[threadIdx.x] = in[kThreads - 1 - threadIdx.x] + 0.0f * static_cast<float>(elements);
+}
+
+template <bool kPlanted>
+__global__ void misaligned_copy(const float* in, float* out) {
+  float* values = SharedMemory().take<float>(2 * kThreads) + (kPlanted ? 1 : 4);
+  if (threadIdx.x < kThreads / 4) ptx::cp_async_16(values + 4 * threadIdx.x, in + 4 * threadIdx.x, true);
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<0>();
+  __syncthreads();
+  out[threadIdx.x] = values[kThreads - 1 - threadIdx.x];
+}
+
+template <bool kPlanted>
+__global__ void copy_never_awaited(const float* in, float* out) {
+  float* values = SharedMemory().take<float>(kThreads);
+  if (threadIdx.x < kThreads / 4) ptx::cp_async_16(values + 4 * threadIdx.x, in + 4 * threadIdx.x, true);
+  ptx::cp_async_commit();
+  if (!kPlanted) ptx::cp_async_wait<0>();
+  out[threadIdx.x] = in[kThreads - 1 - threadIdx.x];
+}
+
+template <bool kPlanted>
 __global__ void shared_not_written(const float* in, float* out) {
   float* values = SharedMemory().take<float>(kThreads);
   if (!kPlanted || threadIdx.x > 0) values[threadIdx.x] = in[threadIdx.x];
@@ -277,6 +310,10 @@ const Fault kFaults[] = {
     FAULT(wrong_copy_group, kThreads * 4),
     FAULT(shared_out_of_bounds, kThreads * 8),
     FAULT(global_out_of_bounds, 0),
+    FAULT(misaligned_load, 0),
+    FAULT(index_overflow, 0),
+    FAULT(misaligned_copy, kThreads * 8),
+    FAULT(copy_never_awaited, kThreads * 4),
     FAULT(shared_not_written, kThreads * 4),
     FAULT(more_shared_than_launched, kThreads * 4),
     FAULT(divergent_barrier, 0),

@@ -121,7 +121,7 @@ const unsigned char* piece_of(uint64_t operand, int row, int byte) {
 
 struct Tiles {  // raw bits, as the product sees them: a of this warp's 16 rows
   uint16_t a[16][16], b[16][128];
-  uint64_t hash = 0xcbf29ce484222325ull;
+  uint64_t hash;
 
   void read(uint16_t (&to)[8], uint64_t operand, int row, int byte) {
     const unsigned char* from = piece_of(operand, row, byte);
@@ -133,6 +133,7 @@ struct Tiles {  // raw bits, as the product sees them: a of this warp's 16 rows
   }
   void read(const Product& product, int warp) {
     uint16_t eight[8];
+    hash = 0xcbf29ce484222325ull;
     if (!product.a)
       for (int m = 0; m < 16; ++m)
         for (int k = 0; k < 16; k += 8) {
@@ -152,6 +153,8 @@ struct Tiles {  // raw bits, as the product sees them: a of this warp's 16 rows
       }
   }
 };
+
+Tiles warp_tiles[kMaxThreads / kWarp];
 
 Products& mine() { return products[current->id]; }
 
@@ -267,18 +270,22 @@ void wgmma(float* d, int columns, const uint32_t* a, uint64_t a_operand, uint64_
   ++accumulator->products;
   Product& product = p.queue[p.end++] = {accumulator, a, {}, a_operand, b_operand, columns, p.group, b_by_rows, 0};
   if (a) memcpy(product.a_was, a, 16);
+  Tiles& warps_tiles = warp_tiles[current->id / kWarp];
+  // Lane 0 stands for its warp here and at the wait, as it does for its arrivals: the others are ordered by the instruction.
+  if (current->id % kWarp == 0) {
+    warps_tiles.read(product, current->id / kWarp % 4);
+    product.tiles_were = warps_tiles.hash;
+  }
   struct Slot {
     Product* product;
     Element type;
-    int warp;
-  } slot{&product, type, current->id / kWarp % 4};
+    Tiles* tiles;
+  } slot{&product, type, &warps_tiles};
   meet(kWgmma, at, &slot, [](void** slots) {
     const auto lane_slot = [&](int lane) -> const Slot& { return *static_cast<Slot*>(slots[lane]); };
     const Slot& first = lane_slot(0);
     ++products_issued;
-    Tiles tiles;
-    tiles.read(*first.product, first.warp);
-    first.product->tiles_were = tiles.hash;
+    Tiles& tiles = *first.tiles;
     static float A[16][16], B[16][128], C[16][128];
     const int columns = first.product->columns;
     for (int lane = 0; lane < kWarp; ++lane) {

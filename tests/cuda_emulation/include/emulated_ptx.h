@@ -36,6 +36,9 @@ inline uint32_t pack(__nv_bfloat16, float low, float high) {
 inline uint32_t pack(__half, float low, float high) {
   return __float2half_rn(low).bits | uint32_t(__float2half_rn(high).bits) << 16;
 }
-inline float exp2_approx(float x) { return std::exp2(x); }
+inline float exp2_approx(float x) {
+  const float y = std::exp2(x);
+  return y < 0x1p-126f ? 0.0f : y;  // .ftz
+}
 
 }  // namespace pygpt::cuda::ptx
