@@ -1,12 +1,13 @@
 """Every op and GPT-2 124M on an NVIDIA GPU, against what a PyTorch user would otherwise run.
 
-    python bench/gpu.py            # at most 6 minutes; writes bench/results/<device>/gpu.json and gpu.md
+    python bench/gpu.py            # at most 5 minutes; writes bench/results/<device>/gpu.json and gpu.md
     python bench/gpu.py --smoke    # every line of it once, tiny, on any device, times meaningless: is the script alive?
 
 Peers, each by name: eager PyTorch, torch.compile, SDPA's flash and cuDNN backends, FlexAttention; flash-attn, Liger-
 Kernel and transformers where they are installed. Nothing is downloaded. What could not run, or for which no time was
-left, is in the table with its reason. Times are medians with the second-level cache flushed before every run, all in
-one process.
+left, is in the table with its reason. Times are medians with the second-level cache flushed before every run. All is
+measured in a process of its own, each row written down at once: where a row breaks the device, crashes or hangs, the
+table says so and a new process goes on behind it.
 """
 
 # ruff: noqa: B023 - the closures of a loop are used within its turn
@@ -14,6 +15,7 @@ one process.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import importlib
 import importlib.util
 import json
@@ -23,6 +25,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -44,17 +47,23 @@ from pygpt.ops import backends
 from pygpt.optim import AdamW
 
 Call = Callable[[], Any]
+ROW_SECONDS = 120  # what takes longer hangs
+BROKEN = 3  # exit status of a process that can no longer use the device
 
 
 class Bench:
-    """The clock, the budget and the table."""
+    """The clock, the budget and the file of rows: JSON lines, of which the last one with an index counts."""
 
-    def __init__(self, smoke: bool, seconds: float) -> None:
+    def __init__(self, smoke: bool, seconds: float, file: Path, skip: int) -> None:
         self.smoke, self.deadline = smoke, time.monotonic() + seconds
+        self.file, self.skip, self.index = file, skip, -1
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.rows: list[dict[str, Any]] = []
         self.copy_rate = math.nan  # bytes a second
         self.flush = torch.empty(1 if smoke else 256 << 20, dtype=torch.int8, device=self.device)
+
+    def put(self, entry: dict[str, Any]) -> None:
+        with self.file.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
 
     def time(self, call: Call, seconds: float = 0.15) -> float:
         """Median seconds of one call."""
@@ -83,25 +92,58 @@ class Bench:
         """A new case begins: compile it for its own shapes, and leave no graphs of the last one behind."""
         torch._dynamo.reset()
 
-    def row(self, op: str, case: str, who: str, make: Callable[[], Call], unit: str, work: float) -> None:
-        """Time make()() and put down work / time in the unit's scale, or what was in the way."""
-        entry: dict[str, Any] = {"op": op, "case": case, "who": who, "unit": unit}
+    def row(
+        self, op: str, case: str, who: str, make: Callable[[], Call], unit: str, work: float, memory: bool = False
+    ) -> None:
+        """Time make()() and put down work / time in the unit's scale, or what was in the way; memory: the peak too."""
+        self.index += 1
+        if self.index < self.skip:
+            return
+        entry: dict[str, Any] = {"index": self.index, "op": op, "case": case, "who": who, "unit": unit}
         if time.monotonic() > self.deadline:
-            entry["problem"] = "not measured: out of time"
-        else:
-            try:
-                # Around backward too: its operators are chosen when it runs.
-                backend = who.removeprefix("pygpt ").split(",")[0] if who.startswith("pygpt ") else None
-                with pygpt.use_backend(backend):
-                    seconds = self.time(make())
-                scale = {"TFLOP/s": 1e12, "GB/s": 1e9, "tokens/s": 1.0}[unit]
-                entry |= {"ms": seconds * 1e3, "value": work / seconds / scale}
-                if unit == "GB/s":
-                    entry["of copy"] = work / seconds / self.copy_rate
-            except Exception as error:  # a peer that cannot run is a result, and must not end the others
-                entry["problem"] = f"{type(error).__name__}: {error}".split("\n")[0][:160]
-        self.rows.append(entry)
+            self.put(entry | {"problem": "not measured: out of time"})
+            return
+        self.put(entry | {"problem": f"the process crashed here, or hung for {ROW_SECONDS} s"})
+        faulthandler.dump_traceback_later(ROW_SECONDS, exit=True)
+        broken = False
+        try:
+            entry |= self.measure(who, make, unit, work, memory)
+        except Exception as error:  # a peer that cannot run is a result, and must not end the others
+            entry["problem"] = f"{type(error).__name__}: {error}".split("\n")[0][:160]
+            broken = not self.alive()
+        faulthandler.cancel_dump_traceback_later()
+        self.put(entry)
         print(" ", *(f"{v:.3g}" if isinstance(v, float) else v for v in entry.values()), flush=True)
+        if broken:
+            os._exit(BROKEN)  # at once: tearing down a broken device may hang
+
+    def measure(self, who: str, make: Callable[[], Call], unit: str, work: float, memory: bool) -> dict[str, float]:
+        # Around backward too: its operators are chosen when it runs.
+        backend = who.removeprefix("pygpt ").split(",")[0] if who.startswith("pygpt ") else None
+        with pygpt.use_backend(backend):
+            call = make()
+            seconds = self.time(call)
+            found = {
+                "ms": seconds * 1e3,
+                "value": work / seconds / {"TFLOP/s": 1e12, "GB/s": 1e9, "tokens/s": 1.0}[unit],
+            }
+            if unit == "GB/s":
+                found["of copy"] = work / seconds / self.copy_rate
+            if memory and self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                call()
+                torch.cuda.synchronize()
+                found["peak MiB"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        return found
+
+    def alive(self) -> bool:
+        """Whether the device still answers: an illegal access ends it for the whole process."""
+        try:
+            torch.ones(1, device=self.device).item()
+        except RuntimeError as error:
+            return isinstance(error, torch.OutOfMemoryError)
+        return True
 
 
 def ours() -> list[str]:
@@ -263,13 +305,7 @@ def linear_cross_entropy(bench: Bench) -> None:
             runs["Liger"] = lambda: module.LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, targets)[0]
         for name, run in runs.items():
             both = lambda run=run: lambda: torch.autograd.grad(run(), [hidden, weight])  # noqa: E731
-            bench.row("linear_cross_entropy both", f"{N} tokens", name, both, "TFLOP/s", 6 * N * C * V)
-            if bench.device.type == "cuda" and "value" in bench.rows[-1]:
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-                both()()
-                bench.rows[-1]["peak MiB"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+            bench.row("linear_cross_entropy both", f"{N} tokens", name, both, "TFLOP/s", 6 * N * C * V, memory=True)
 
 
 def gelu(bench: Bench) -> None:
@@ -412,31 +448,91 @@ def markdown(rows: list[dict[str, Any]], about: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--smoke", action="store_true", help="every line once, tiny, on any device; writes nothing")
-    parser.add_argument(
-        "--seconds", type=float, default=330.0, help="budget; what is left over is listed as not measured"
-    )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    options = parser.parse_args()
-    if not torch.cuda.is_available() and not options.smoke:
-        sys.exit("bench/gpu.py: no CUDA device here; nothing was measured")
-    bench = Bench(options.smoke, options.seconds)
+SECTIONS = (copy, gpt2, attention, linear_cross_entropy, layer_norm, embedding, adamw, gelu)
+
+
+def measure(bench: Bench, only: list[str]) -> None:
+    """The work of the process that measures: every section, from row number bench.skip on."""
     torch.manual_seed(0)
-    about = versions(bench.device)
-    failed = False
-    for section in (copy, gpt2, attention, linear_cross_entropy, layer_norm, embedding, adamw, gelu):
+    failed = []
+    for section in SECTIONS:
+        if section is not copy and only and section.__name__ not in only:
+            continue
         try:
             section(bench)
         except Exception:  # the other sections' figures are worth having; the exit status tells
-            failed = True
+            failed.append(section.__name__)
             traceback.print_exc()
-        if not options.smoke:
-            write(bench.rows, about, options.out)
-    if options.smoke:
-        print(markdown(bench.rows, about))
-    sys.exit(failed)
+            if not bench.alive():
+                break
+    bench.put({"failed": failed})
+
+
+def read(file: Path) -> tuple[list[dict[str, Any]], list[str] | None]:
+    """The rows so far, and once all is measured the names of the sections that failed."""
+    rows: dict[int, dict[str, Any]] = {}
+    failed = None
+    for line in file.read_text().rpartition("\n")[0].splitlines():  # the last line may be half written
+        entry = json.loads(line)
+        if "failed" in entry:
+            failed = entry["failed"]
+        else:
+            rows[entry.pop("index")] = entry
+    return list(rows.values()), failed
+
+
+def supervise(options: argparse.Namespace, about: dict[str, str]) -> list[str]:
+    """Starts processes that measure until all rows are there, writes what there is after each; sections that failed."""
+    end = time.monotonic() + options.seconds
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.jsonl"
+        file.touch()
+        while True:
+            command = [sys.executable, __file__, "--rows", str(file), "--skip", str(len(rows))]
+            command += ["--seconds", str(end - time.monotonic()), *(["--smoke"] if options.smoke else [])]
+            process = subprocess.Popen([*command, "--only", *options.only])
+            before = len(rows)
+            while process.poll() is None:
+                time.sleep(0.2)
+                if len(read(file)[0]) > len(rows) and not options.smoke:
+                    rows = read(file)[0]
+                    write(rows, about, options.out)
+            rows, failed = read(file)
+            if not options.smoke:
+                write(rows, about, options.out)
+            if failed is None and len(rows) > before:
+                print(
+                    f"bench/gpu.py: the process ended with status {process.returncode}; a new one goes on", flush=True
+                )
+                continue
+            if options.smoke:
+                print(markdown(rows, about))
+            return ["the process that measures did not start"] if failed is None else failed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--smoke", action="store_true", help="every line once, tiny, on any device; writes nothing")
+    parser.add_argument("--only", nargs="*", default=[], help=f"of {', '.join(s.__name__ for s in SECTIONS[1:])}")
+    parser.add_argument(
+        "--seconds", type=float, default=270.0, help="budget; what is left over is listed as not measured"
+    )
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--skip", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    unknown = set(options.only) - {section.__name__ for section in SECTIONS}
+    if unknown:
+        parser.error(f"--only: no section {', '.join(sorted(unknown))}")
+    if options.rows:
+        measure(Bench(options.smoke, options.seconds, options.rows, options.skip), options.only)
+        return
+    if not torch.cuda.is_available() and not options.smoke:
+        sys.exit("bench/gpu.py: no CUDA device here; nothing was measured")
+    failed = supervise(options, versions(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    if failed:
+        sys.exit(f"bench/gpu.py: failed: {', '.join(failed)}")
 
 
 def write(rows: list[dict[str, Any]], about: dict[str, str], out: Path) -> None:

@@ -41,6 +41,8 @@ class Cubin:
     shared: int  # bytes
     hmma: int  # tensor-core instructions of a warp
     hgmma: int  # those of a warpgroup, Hopper's
+    operands: str  # dtype of the first argument: attention's products are of such values
+    rows: int  # of attention's products: queries, or keys where a kernel's tiles are (keys, queries); else 0
 
 
 class StandInDriver:
@@ -84,8 +86,9 @@ def collect(cases: Callable[[], Iterator[tuple[str, Callable[[], Any]]]], arch: 
         constants = {k: v for k, v in options.items() if k != "enable_fp_fusion"}
         dtypes = [str(a.dtype).removeprefix("torch.") for a in args if hasattr(a, "dtype")]
         key = (self.__name__, device.assumed_architecture, f"{constants} {sorted(set(dtypes))}")
-        registers, spills, *tensor_core = read_cubin(compiled.asm["cubin"])
-        cubin = Cubin(key[0], key[1], case, key[2], registers, spills, compiled.metadata.shared, *tensor_core)
+        registers, spills, hmma, hgmma = read_cubin(compiled.asm["cubin"])
+        rows = options.get("KEYS" if self.__name__ == "_attention_grad_kv_kernel" else "QUERIES", 0)
+        cubin = Cubin(*key[:2], case, key[2], registers, spills, compiled.metadata.shared, hmma, hgmma, dtypes[0], rows)
         if key not in found or found[key].spills < spills:
             found[key] = cubin
         return compiled
