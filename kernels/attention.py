@@ -58,7 +58,7 @@ FORWARD = (
     Row(16, 128, MANY, 90, None, Config(128, 64, 8, 2)),
     Row(16, 128, MANY, 80, False, Config(128, 64, 8, 2)),
     Row(16, 128, MANY, 80, True, Config(64, 64, 8, 2)),
-    Row(16, 256, MANY, 90, None, Config(64, 32, 4, 1)),
+    Row(16, 256, MANY, 90, False, Config(64, 32, 4, 1)),
     Row(16, 256, MANY, 80, None, Config(32, 32, 4, 1)),
     Row(32, 64, 16, 80, None, Config(16, 64, 4, 1)),
     Row(32, 128, 16, 80, None, Config(16, 32, 4, 1)),
