@@ -66,7 +66,10 @@ PYGPT_INLINE vf probabilities(float* scores, int64_t columns, float largest, vf 
       const vf b = j + kLanes < columns ? softmax_exp2<T>(load(scores + j + kLanes) - top) : zero;
       vf both = pair_along(a, b);
       sum = (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)both, (__m512bh)ones);
-      if (keep) both = pair_along(keep[j / kLanes] ? a : zero, keep[j / kLanes + 1] ? b : zero);
+      if (keep) {  // of an odd number of vectors the last pair has but one mask
+        const vf kept_b = j + kLanes < columns ? (keep[j / kLanes + 1] ? b : zero) : zero;
+        both = pair_along(keep[j / kLanes] ? a : zero, kept_b);
+      }
       store(scores + j / 2, both);
     }
     return sum;

@@ -143,7 +143,8 @@ PYGPT_INLINE vf vexp2(vf x) {
 #if PYGPT_LANES == 16
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)whole);
 #else
-  return p * (vf)(((vi)shifted << 23) + (127 << 23));  // the integer lies in the low bits; -127 makes the factor 0
+  // The integer lies in the low bits; -127 makes the factor 0. Unsigned: keys that a query does not see may overflow.
+  return p * (vf)(((vu)shifted << 23) + (127u << 23));
 #endif
 }
 
