@@ -44,7 +44,8 @@ class BenchConfig:
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, ..."""
     quick: bool = False
-    """Small shapes and a small model, under a minute; without the peak memory, which takes a process for each contestant."""
+    """Small shapes and a small model, about a minute; without the peak memory, which takes a process for each contestant,
+    and without CTranslate2."""
     compile: bool = False
     """Also against torch.compile, which takes minutes and a C++ compiler."""
     seconds: float = 1.0
@@ -112,9 +113,8 @@ def bench(config: BenchConfig, console: Console | None = None) -> list[Row]:
             if not alone and not shared:
                 shared = {kind: stack.enter_context(Worker(kind == TUNED, threads)) for kind in allocators(device)}
             sides = contestants(case, config)
-            found = (
-                _alone(case, sides, threads, config.rounds) if alone else _together(case, sides, shared, config.seconds)
-            )
+            seconds = min(config.seconds, 0.3) if config.quick else config.seconds
+            found = _alone(case, sides, threads, config.rounds) if alone else _together(case, sides, shared, seconds)
             rows += found.rows(case, label, sides)
     show(rows, machine() | {"threads": threads, "commit": commit()}, config.out, console)
     return rows
@@ -171,8 +171,8 @@ def contestants(case: Case, config: BenchConfig) -> list[tuple[str, str]]:
     for peer in peers:
         if peer == "torch.compile" and (not config.compile or case.op == "adamw"):
             continue
-        if peer == "CTranslate2 int8" and (case.device != "cpu" or case.dtype != config.dtypes[-1]):
-            continue  # it has but one way, which is shown beside the last dtype
+        if peer == "CTranslate2 int8" and (config.quick or case.device != "cpu" or case.dtype != config.dtypes[-1]):
+            continue  # it takes a while to convert, and has but one way, which is shown beside the last dtype
         sides += [(peer, kind) for kind in reversed(kinds)]
     return sides
 
