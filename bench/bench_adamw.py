@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from harness import bench_of
+from harness import make_bench
 
-bench_adamw = bench_of("adamw")
+bench_adamw = make_bench("adamw")

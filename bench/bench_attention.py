@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from harness import bench_of
+from harness import make_bench
 
-bench_causal_attention = bench_of("causal_attention")
+bench_causal_attention = make_bench("causal_attention")

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from harness import bench_of
+from harness import make_bench
 
-bench_linear_cross_entropy = bench_of("linear_cross_entropy")
+bench_linear_cross_entropy = make_bench("linear_cross_entropy")

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from harness import bench_of
+from harness import make_bench
 
-bench_embedding = bench_of("embedding")
+bench_embedding = make_bench("embedding")

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from harness import bench_of
+from harness import make_bench
 
-bench_gelu = bench_of("gelu")
+bench_gelu = make_bench("gelu")

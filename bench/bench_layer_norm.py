@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harness import bench_of
+from harness import make_bench
 
-bench_layer_norm = bench_of("layer_norm")
-bench_add_layer_norm = bench_of("add_layer_norm")
+bench_layer_norm = make_bench("layer_norm")
+bench_add_layer_norm = make_bench("add_layer_norm")

@@ -54,7 +54,7 @@ class Row:
 ROWS: list[Row] = []
 
 
-def bench_of(name: str) -> Callable[..., None]:
+def make_bench(name: str) -> Callable[..., None]:
     """The bench of an op: over its shapes, its passes and the dtypes."""
     op = OPS[name]
 

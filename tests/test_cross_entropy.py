@@ -138,3 +138,22 @@ def test_the_reference_and_the_kernel_agree_through_the_whole_op():
             results.append((loss, hidden.grad, weight.grad))
     for x, y in zip(*results, strict=True):
         assert_close(x, y)
+
+
+def test_no_gradients_are_computed_where_none_are_wanted(monkeypatch):
+    wanted = []
+
+    def record(logits, targets, ignore_index, want_grad):
+        wanted.append(want_grad)
+        return chunk(logits, targets, ignore_index, want_grad)
+
+    chunk = cross_entropy._logits_to_grad
+    monkeypatch.setattr(cross_entropy, "_logits_to_grad", record)
+    hidden, weight, targets = leaf(5, 8), leaf(11, 8, seed=1), torch.arange(5)
+    with use_backend("eager"):
+        with torch.no_grad():
+            loss = linear_cross_entropy(hidden, weight, targets)
+        assert not loss.requires_grad
+        assert_close(loss, F.cross_entropy(hidden.double() @ weight.double().t(), targets))
+        assert linear_cross_entropy(hidden, weight, targets).requires_grad
+    assert wanted == [False, True]

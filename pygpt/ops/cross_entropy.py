@@ -50,6 +50,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
     if backends.needs_reference():
         backends.choose("linear_cross_entropy", hidden)  # an error where a backend is forced
         return linear_cross_entropy_reference(hidden, weight, targets, ignore_index)
+    if not torch.is_grad_enabled():  # or the forward pass would compute the gradients of whatever requires one
+        hidden, weight = hidden.detach(), weight.detach()
     return _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index)
 
 
