@@ -56,8 +56,8 @@ STABLE_TORCH_LIBRARY(pygpt, m) {
   m.def("bias_gelu_backward(Tensor grad, Tensor x, Tensor bias) -> (Tensor, Tensor)");
 
   // logits (rows, V) contiguous; targets (rows,) int64 -> the rows' losses (rows,) float32, 0 where the target is
-  // ignore_index. With replace, logits become their loss's gradient, softmax - one_hot, or 0.
-  m.def("cross_entropy_rows_(Tensor(a!) logits, Tensor targets, int ignore_index, bool replace) -> Tensor");
+  // ignore_index. With grad_factor, a float32 scalar, logits become (softmax - one_hot) * grad_factor, or 0.
+  m.def("cross_entropy_rows_(Tensor(a!) logits, Tensor targets, int ignore_index, Tensor? grad_factor) -> Tensor");
 
   // One step of AdamW for contiguous tensors: weights and grads, masters (of float32 weights those themselves), means and
   // squares float32, steps float32 scalars that are counted up. Gradients are multiplied by grad_factor, a float32 scalar.

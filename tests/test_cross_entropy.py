@@ -107,11 +107,11 @@ def test_compiled_rows_match_float64(capability, V, dtype):
     expected = F.cross_entropy(exact, targets, reduction="none")
     expected.sum().backward()
     kept = logits.clone()
-    losses = torch.ops.pygpt.cross_entropy_rows_(kept, targets, -100, False)
+    losses = torch.ops.pygpt.cross_entropy_rows_(kept, targets, -100, None)
     assert torch.equal(kept, logits)
     assert_close(losses, expected, torch.float32)
-    assert torch.equal(losses, torch.ops.pygpt.cross_entropy_rows_(logits, targets, -100, True))
-    assert_close(logits, exact.grad, dtype)
+    assert torch.equal(losses, torch.ops.pygpt.cross_entropy_rows_(logits, targets, -100, torch.tensor(0.125)))
+    assert_close(logits, exact.grad / 8, dtype)
     assert not logits[[0, 7]].any()
 
 
@@ -119,12 +119,15 @@ def test_compiled_rows_do_not_hide_nan(capability):
     for bad in (torch.nan, torch.inf):
         logits = torch.zeros(2, 40)
         logits[0, 17] = bad
-        losses = torch.ops.pygpt.cross_entropy_rows_(logits, torch.tensor([3, 3]), -100, True)
+        losses = torch.ops.pygpt.cross_entropy_rows_(logits, torch.tensor([3, 3]), -100, torch.ones(()))
         assert torch.isnan(losses[0])
         assert torch.isfinite(losses[1])
         assert torch.isnan(logits[0]).any()
     with pytest.raises(RuntimeError, match="outside the vocabulary"):
-        torch.ops.pygpt.cross_entropy_rows_(torch.zeros(2, 3), torch.tensor([0, 3]), -100, True)
+        torch.ops.pygpt.cross_entropy_rows_(torch.zeros(2, 3), torch.tensor([0, 3]), -100, torch.ones(()))
+    for factor in (torch.ones(2), torch.ones((), dtype=torch.double)):
+        with pytest.raises(RuntimeError, match="grad_factor must be a float32 scalar"):
+            torch.ops.pygpt.cross_entropy_rows_(torch.zeros(2, 3), torch.tensor([0, 1]), -100, factor)
 
 
 def test_the_reference_and_the_kernel_agree_through_the_whole_op():
@@ -143,12 +146,12 @@ def test_the_reference_and_the_kernel_agree_through_the_whole_op():
 def test_no_gradients_are_computed_where_none_are_wanted(monkeypatch):
     wanted = []
 
-    def record(logits, targets, ignore_index, want_grad):
-        wanted.append(want_grad)
-        return chunk(logits, targets, ignore_index, want_grad)
+    def record(logits, targets, ignore_index, factor):
+        wanted.append(factor is not None)
+        return rows(logits, targets, ignore_index, factor)
 
-    chunk = cross_entropy._logits_to_grad
-    monkeypatch.setattr(cross_entropy, "_logits_to_grad", record)
+    rows = cross_entropy._rows
+    monkeypatch.setattr(cross_entropy, "_rows", record)
     hidden, weight, targets = leaf(5, 8), leaf(11, 8, seed=1), torch.arange(5)
     with use_backend("eager"):
         with torch.no_grad():

@@ -10,12 +10,15 @@ namespace {
 
 constexpr int64_t kGrain = 16384;  // logits a thread takes at least
 
-Tensor cross_entropy_rows_(Tensor logits, Tensor targets, int64_t ignore_index, bool replace) {
+Tensor cross_entropy_rows_(Tensor logits, Tensor targets, int64_t ignore_index, std::optional<Tensor> grad_factor) {
   PYGPT_CHECK(logits.dim() == 2 && logits.is_contiguous() && targets.dim() == 1 && targets.size(0) == logits.size(0),
               "cross_entropy_rows_: logits must be (rows, V), contiguous, and targets (rows,)");
   PYGPT_CHECK(logits.scalar_type() == ScalarType::Float || logits.scalar_type() == ScalarType::BFloat16,
               "cross_entropy_rows_: logits must be float32 or bfloat16");
   PYGPT_CHECK(targets.scalar_type() == ScalarType::Long, "cross_entropy_rows_: targets must be int64");
+  PYGPT_CHECK(!grad_factor || (grad_factor->scalar_type() == ScalarType::Float && grad_factor->numel() == 1),
+              "cross_entropy_rows_: grad_factor must be a float32 scalar");
+  const float* factor = grad_factor ? grad_factor->const_data_ptr<float>() : nullptr;
   targets = as_contiguous(targets);
   const int64_t rows = logits.size(0), V = logits.size(1);
   const auto* target = targets.const_data_ptr<int64_t>();
@@ -28,7 +31,7 @@ Tensor cross_entropy_rows_(Tensor logits, Tensor targets, int64_t ignore_index, 
     const auto kernel = PYGPT_DISPATCH(cross_entropy_rows<T>);
     T* x = static_cast<T*>(logits.mutable_data_ptr());
     torch::stable::parallel_for(0, rows, 1 + kGrain / std::max<int64_t>(V, 1), [&](int64_t begin, int64_t end) {
-      kernel(x + begin * V, target + begin, loss + begin, end - begin, V, ignore_index, replace);
+      kernel(x + begin * V, target + begin, loss + begin, end - begin, V, ignore_index, factor);
     });
   };
   logits.scalar_type() == ScalarType::Float ? run(float{}) : run(bf16{});

@@ -40,15 +40,16 @@ void softmax_statistics(const T* x, int64_t V, float* largest, double* sum) {
   *sum = total;
 }
 
-// losses[row] = -log softmax(logits)[target], and with `replace` logits = softmax - one_hot; both 0 for ignored rows.
+// losses[row] = -log softmax(logits)[target], and with `factor` logits = (softmax - one_hot) * *factor; both 0 for ignored
+// rows.
 template <class T>
 void cross_entropy_rows(T* x, const int64_t* targets, float* losses, int64_t rows, int64_t V, int64_t ignore_index,
-                        bool replace) {
+                        const float* factor) {
   for (int64_t row = 0; row < rows; ++row, x += V) {
     const int64_t target = targets[row];
     if (target == ignore_index) {
       losses[row] = 0;
-      if (replace) std::memset(static_cast<void*>(x), 0, V * sizeof(T));
+      if (factor) std::memset(static_cast<void*>(x), 0, V * sizeof(T));
       continue;
     }
     float top;
@@ -56,10 +57,10 @@ void cross_entropy_rows(T* x, const int64_t* targets, float* losses, int64_t row
     softmax_statistics(x, V, &top, &sum);
     const float of_target = load(x + target, 1)[0];
     losses[row] = static_cast<float>(std::log(sum) - (double(of_target) - top));
-    if (!replace) continue;
-    const float scale = static_cast<float>(1 / sum);
+    if (!factor) continue;
+    const float scale = static_cast<float>(*factor / sum);
     PYGPT_FOR_LANES(V, store_step(x + i, vexp2((load_step(x + i, n) - splat(top)) * kLog2E) * scale, n);)
-    store(x + target, splat(static_cast<float>(std::exp(double(of_target) - top) / sum - 1)), 1);
+    store(x + target, splat(static_cast<float>((std::exp(double(of_target) - top) / sum - 1) * *factor)), 1);
   }
 }
 

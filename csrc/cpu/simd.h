@@ -43,6 +43,20 @@ PYGPT_INLINE void store(bf16* p, vf v) {
 }
 
 // The first n < kLanes elements; the other lanes are zero.
+#if PYGPT_LANES == 16
+PYGPT_INLINE vf load(const float* p, int64_t n) { return (vf)_mm512_maskz_loadu_ps(_bzhi_u32(0xffff, n), p); }
+PYGPT_INLINE vf load(const bf16* p, int64_t n) {
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(_bzhi_u32(0xffff, n), p)), 16);
+}
+PYGPT_INLINE void store(float* p, vf v, int64_t n) { _mm512_mask_storeu_ps(p, _bzhi_u32(0xffff, n), (__m512)v); }
+PYGPT_INLINE void store(bf16* p, vf v, int64_t n) {
+  bf16 rounded[kLanes];
+  store(rounded, v);
+  __m256i h;
+  std::memcpy(&h, rounded, sizeof h);
+  _mm256_mask_storeu_epi16(p, _bzhi_u32(0xffff, n), h);
+}
+#else
 template <class T>
 PYGPT_INLINE vf load(const T* p, int64_t n) {
   T tmp[kLanes] = {};
@@ -56,6 +70,7 @@ PYGPT_INLINE void store(T* p, vf v, int64_t n) {
   store(tmp, v);
   std::memcpy(p, tmp, n * sizeof(T));
 }
+#endif
 
 // Runs the body over 0 .. C in steps of kLanes, with `i` the first element and `n` how many there are: a constant in
 // all steps but the last, so that load_step and store_step cost nothing there.

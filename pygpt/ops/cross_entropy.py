@@ -19,12 +19,12 @@ from pygpt.errors import InputError, InputTypeError
 from pygpt.ops import backends
 from pygpt.ops.autograd import first_order
 from pygpt.ops.checks import check_device
-from pygpt.ops.linear import matmul_nt
+from pygpt.ops.linear import add_matmul_tn_, matmul_nt
 
 # Where neither answers, the chunks below in torch's own ops are the implementation.
 backends.register("linear_cross_entropy", cpp=(torch.float32, torch.bfloat16))
 
-CHUNK_BYTES = 52 << 20  # logits held at a time, the largest part of a workspace of less than 64 MB
+CHUNK_BYTES = 48 << 20  # logits held at a time, the largest part of a workspace of less than 64 MB
 
 
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
@@ -45,17 +45,23 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
     """
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    _check(hidden, weight, targets, ignore_index)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return linear_cross_entropy(hidden.to(dtype), weight.to(dtype), targets, ignore_index)
+    _check(hidden, weight, targets)
     if backends.needs_reference():
         backends.choose("linear_cross_entropy", hidden)  # an error where a backend is forced
         return linear_cross_entropy_reference(hidden, weight, targets, ignore_index)
-    if not torch.is_grad_enabled():  # or the forward pass would compute the gradients of whatever requires one
-        hidden, weight = hidden.detach(), weight.detach()
-    return _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index)
+    try:
+        if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+            return _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index)
+        return _loss_and_gradients(hidden, weight, targets, ignore_index, False, False)[0]
+    except RuntimeError:
+        if targets.device.type == "cpu":  # where to look would have cost time in every call
+            _check_range(targets, weight.shape[0], ignore_index)
+        raise
 
 
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> None:
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
     op = "linear_cross_entropy"
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise InputError(
@@ -70,16 +76,16 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -
     if targets.dtype != torch.int64:
         raise InputTypeError(f"{op}: targets are {targets.dtype}; they must be int64")
     check_device(op, hidden, weight=weight, targets=targets)
-    hidden_values = torch.compiler.is_compiling() or backends.needs_reference()  # under vmap nobody may look at them
-    if targets.device.type == "cpu" and targets.numel() and not hidden_values:
-        # On a GPU the check would stop the stream; there the gather below asserts.
-        wrong = ((targets < 0) & (targets != ignore_index)) | (targets >= weight.shape[0])
-        if wrong.any():
-            at = int(wrong.nonzero()[0])
-            raise InputError(
-                f"{op}: target {int(targets[at])} at position {at} is outside the vocabulary [0, {weight.shape[0]}) "
-                f"and is not ignore_index ({ignore_index})"
-            )
+
+
+def _check_range(targets: Tensor, V: int, ignore_index: int) -> None:
+    wrong = ((targets < 0) & (targets != ignore_index)) | (targets >= V)
+    if wrong.any():
+        at = int(wrong.nonzero()[0])
+        raise InputError(
+            f"linear_cross_entropy: target {int(targets[at])} at position {at} is outside the vocabulary [0, {V}) "
+            f"and is not ignore_index ({ignore_index})"
+        )
 
 
 def _chunks(tokens: int, V: int, itemsize: int) -> list[tuple[int, int]]:
@@ -89,64 +95,71 @@ def _chunks(tokens: int, V: int, itemsize: int) -> list[tuple[int, int]]:
     return [(tokens * i // chunks, tokens * (i + 1) // chunks) for i in range(chunks)]
 
 
-def _logits_to_grad(logits: Tensor, targets: Tensor, ignore_index: int, want_grad: bool) -> tuple[Tensor, Tensor]:
-    """logits (rows, V), targets (rows,) -> the rows' losses, 0 where ignored, and softmax - one_hot where wanted."""
+# A chunk's rows: logits (rows, V), targets (rows,), factor of the gradients or None where none are wanted -> losses, 0 where
+# ignored; softmax - one_hot, 0 where ignored; and what that is still to be multiplied by.
+Rows = tuple[Tensor, Tensor, Tensor | None]
+
+
+def _rows(logits: Tensor, targets: Tensor, ignore_index: int, factor: Tensor | None) -> Rows:
     valid = targets != ignore_index
-    safe = targets.where(valid, 0).unsqueeze(1)
+    at = targets.where(valid, 0).unsqueeze(1)
     log_p = torch.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    losses = -log_p.gather(1, safe).squeeze(1) * valid
-    if not want_grad:
-        return losses, logits
-    grad = log_p.exp_().scatter_add_(1, safe, log_p.new_full((), -1).expand_as(safe))
-    return losses, grad.to(logits.dtype)
+    losses = -log_p.gather(1, at).squeeze(1) * valid
+    if factor is None:
+        return losses, logits, None
+    grad = log_p.exp_().scatter_add_(1, at, log_p.new_full((), -1).expand_as(at)).mul_(valid.unsqueeze(1))
+    return losses, grad.to(logits.dtype), factor  # times 1 / count float16 could not hold it
 
 
-def _logits_to_grad_compiled(
-    logits: Tensor, targets: Tensor, ignore_index: int, want_grad: bool
-) -> tuple[Tensor, Tensor]:
-    return torch.ops.pygpt.cross_entropy_rows_.default(logits, targets, ignore_index, want_grad), logits
+def _rows_compiled(logits: Tensor, targets: Tensor, ignore_index: int, factor: Tensor | None) -> Rows:
+    losses = torch.ops.pygpt.cross_entropy_rows_.default(logits, targets, ignore_index, factor)
+    return losses, logits, None
+
+
+def _times(x: Tensor, factor: Tensor | None) -> Tensor:
+    return x if factor is None else x * factor.to(x.dtype)
 
 
 if backends.extension is not None:
     torch.library.register_fake(
         "pygpt::cross_entropy_rows_",
-        lambda logits, targets, ignore_index, replace: logits.new_empty(targets.shape, dtype=torch.float32),
+        lambda logits, targets, ignore_index, grad_factor: logits.new_empty(targets.shape, dtype=torch.float32),
     )
+
+
+def _loss_and_gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, need_hidden: bool, need_weight: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The mean loss, and its gradients by hidden and weight where they are needed."""
+    backend = backends.choose("linear_cross_entropy", hidden)
+    if backend == "triton":
+        from pygpt.kernels.cross_entropy import linear_cross_entropy as kernel  # imports Triton
+
+        return kernel(hidden, weight, targets, ignore_index, need_hidden, need_weight)
+    of_rows = _rows_compiled if backend == "cpp" else _rows
+    count = (targets != ignore_index).sum().to(torch.promote_types(hidden.dtype, torch.float32))
+    factor = count.clamp(min=1).reciprocal() if need_hidden or need_weight else None
+    total, grads = torch.zeros_like(count), []
+    grad_weight = torch.zeros_like(weight) if need_weight else None
+    for start, end in _chunks(hidden.shape[0], weight.shape[0], hidden.itemsize if backend == "cpp" else 4):
+        x = hidden[start:end]
+        losses, grad, left = of_rows(matmul_nt(x, weight), targets[start:end], ignore_index, factor)
+        total += losses.sum()
+        if need_hidden:
+            grads.append(_times(matmul_nt(grad, weight.t()), left))
+        if grad_weight is not None:
+            add_matmul_tn_(grad_weight, grad, _times(x, left))
+        del grad  # not two chunks at a time
+    grad_hidden = None if not need_hidden else grads[0] if len(grads) == 1 else torch.cat([hidden[:0], *grads])
+    return total / count, grad_hidden, grad_weight
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            need_hidden, need_weight = ctx.needs_input_grad[:2]
-            backend = backends.choose("linear_cross_entropy", hidden)
-            if backend == "triton":
-                from pygpt.kernels.cross_entropy import linear_cross_entropy as kernel  # imports Triton
-
-                loss, *grads = kernel(hidden, weight, targets, ignore_index, need_hidden, need_weight)
-                ctx.save_for_backward(*grads, hidden, weight)
-                return loss
-            logits_to_grad = _logits_to_grad_compiled if backend == "cpp" else _logits_to_grad
-            valid = targets != ignore_index
-            count = valid.sum()
-            grad_hidden = torch.empty_like(hidden) if need_hidden else None
-            grad_weight = torch.zeros_like(weight) if need_weight else None
-            total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-            # d loss / d logits = softmax - one_hot, each row times row_weight: that factor is applied on the (rows, C) side.
-            row_weight = (valid.to(total.dtype) / count.clamp(min=1)).to(hidden.dtype).unsqueeze(1)
-            for start, end in _chunks(hidden.shape[0], weight.shape[0], hidden.itemsize if backend == "cpp" else 4):
-                part = slice(start, end)
-                logits = matmul_nt(hidden[part], weight)  # (rows, V)
-                losses, grad_logits = logits_to_grad(logits, targets[part], ignore_index, need_hidden or need_weight)
-                del logits  # not two chunks at a time
-                total += losses.sum()
-                if grad_hidden is not None:
-                    torch.mul(matmul_nt(grad_logits, weight.t()), row_weight[part], out=grad_hidden[part])
-                if grad_weight is not None:
-                    grad_weight.addmm_(grad_logits.t(), hidden[part] * row_weight[part])
-                del grad_logits
-            ctx.save_for_backward(grad_hidden, grad_weight, hidden, weight)  # the inputs for `first_order` alone
-            return total / count
+        loss, *grads = _loss_and_gradients(hidden, weight, targets, ignore_index, *ctx.needs_input_grad[:2])
+        ctx.save_for_backward(*grads, hidden, weight)  # the inputs for `first_order` alone
+        return loss
 
     @staticmethod
     @first_order("linear_cross_entropy", "call linear_cross_entropy_reference of pygpt.ops.cross_entropy")

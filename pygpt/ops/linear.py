@@ -16,6 +16,7 @@ from torch import Tensor
 from pygpt.ops import backends
 from pygpt.ops.autograd import first_order
 
+SLICE_BYTES = 8 << 20  # of a product that is added to another tensor
 MIN_ROWS = 16  # fewer rows are a matter of memory bandwidth, which MKL uses as well
 
 ONEDNN_IS_FASTER = (
@@ -50,14 +51,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
     """a @ b.T for matrices a (M, K) and b (N, K) of any strides, outside autograd."""
-    if (
-        backends.choose("linear", a) == "eager"
-        or a.shape[0] < MIN_ROWS
-        or 0 in b.shape
-        or torch.compiler.is_compiling()
-    ):
-        return a @ b.t()
-    return _onednn(a, b, None)
+    return _onednn(a, b, None) if _by_onednn(a, b) else a @ b.t()
+
+
+def add_matmul_tn_(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out (N, K) += a.T @ b for matrices a (M, N) and b (M, K) of any strides, outside autograd."""
+    if not _by_onednn(a, b):
+        out.addmm_(a.t(), b)
+        return
+    rows = max(MIN_ROWS, SLICE_BYTES // (out.shape[1] * out.itemsize))  # oneDNN has no sum: the product is added to out
+    for part, columns in zip(out.split(rows), a.split(rows, dim=1), strict=True):
+        part += _onednn(columns.t(), b.t(), None)
+
+
+def _by_onednn(a: Tensor, b: Tensor) -> bool:
+    return (
+        backends.choose("linear", a) != "eager"
+        and a.shape[0] >= MIN_ROWS
+        and 0 not in b.shape
+        and 0 not in a.shape
+        and not torch.compiler.is_compiling()
+    )
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
