@@ -55,6 +55,10 @@ STABLE_TORCH_LIBRARY(pygpt, m) {
   // -> grad_x, grad_bias
   m.def("bias_gelu_backward(Tensor grad, Tensor x, Tensor bias) -> (Tensor, Tensor)");
 
+  // x (..., K), weight (N, K), bias (N,) of one dtype -> x @ weight.T + bias, (..., N): for the few rows of generation; no
+  // backward
+  m.def("linear_few_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+
   // logits (rows, V) contiguous; targets (rows,) int64 -> the rows' losses (rows,) float32, 0 where the target is
   // ignore_index. With grad_factor, a float32 scalar, logits become (softmax - one_hot) * grad_factor, or 0.
   m.def("cross_entropy_rows_(Tensor(a!) logits, Tensor targets, int ignore_index, Tensor? grad_factor) -> Tensor");

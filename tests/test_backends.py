@@ -33,7 +33,7 @@ OPS = {
 def test_cpp_answers_by_default_where_it_has_a_kernel():
     table = pygpt.backends()
     assert set(table) == OPS
-    for op in OPS - {"linear"}:  # by processor, see test_linear.py
+    for op in OPS:
         assert table[op]["cpu"] == "cpp"
 
 

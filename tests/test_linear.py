@@ -1,11 +1,15 @@
-"""linear against float64, with oneDNN behind it where that is the faster library, and F.linear elsewhere."""
+"""linear against float64: with oneDNN behind it where that is the faster library, by our kernel for few rows, else F.linear."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from common import assert_close, double, leaf
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from pygpt import ops
 from pygpt.ops import backends
@@ -54,6 +58,82 @@ def test_gradient_of_one_input_only(which):
     reference = [double(t) for t in inputs]
     F.linear(*reference).square().sum().backward()
     assert_close(inputs[which].grad, reference[which].grad)
+
+
+needs_extension = pytest.mark.skipif(backends.extension is None, reason="pygpt._C is not built")
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 8, 13, 15])
+@pytest.mark.parametrize(("N", "K"), [(1, 1), (3, 16), (4, 33), (9, 31), (18, 97), (400, 640)])
+def test_few_rows_match_float64(capability, rows, N, K, dtype):
+    x, weight = leaf(rows, K, dtype=dtype).detach(), leaf(N, K, dtype=dtype, seed=1).detach()
+    bias = leaf(N, dtype=dtype, seed=2).detach()
+    for b in (bias, None):
+        y = torch.ops.pygpt.linear_few_rows(x, weight, b)
+        assert y.dtype == dtype
+        expected = F.linear(x.double(), weight.double(), None if b is None else b.double())
+        assert_close(y, expected, dtype, floor=math.sqrt(K))
+        assert torch.equal(ops.linear(x, weight, b), y)
+
+
+@needs_extension
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    batch=st.lists(st.integers(0, 3), max_size=2), N=st.integers(1, 40), K=st.integers(1, 70), step=st.integers(1, 3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)  # fmt: skip
+def test_few_rows_of_any_shape(capability, batch, N, K, step, dtype):
+    x, weight = (
+        leaf(*batch, K * step, dtype=dtype).detach()[..., ::step],
+        leaf(N, K * step, dtype=dtype, seed=1).detach(),
+    )
+    weight = weight[:, ::step]
+    y = torch.ops.pygpt.linear_few_rows(x, weight, None)
+    assert_close(y, F.linear(x.double(), weight.double()), dtype, floor=math.sqrt(K))
+
+
+@needs_extension
+def test_few_rows_keep_infinities_and_the_bits(capability):
+    """Each row's result is its own: the same alone as among others, on one thread as on two."""
+    x, weight = leaf(15, 768).detach(), leaf(301, 768, seed=1).detach()
+    x[3, 5], x[4, 700] = torch.inf, torch.nan
+    y = torch.ops.pygpt.linear_few_rows(x, weight, None)
+    assert torch.equal(y[3].isfinite(), weight[:, 5] == 0)
+    assert y[4].isnan().all()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        for row in (0, 7, 8, 14):
+            assert torch.equal(torch.ops.pygpt.linear_few_rows(x[row], weight, None), y[row])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_extension
+def test_few_rows_opcheck_and_errors():
+    x, weight = torch.randn(3, 8), torch.randn(5, 8)
+    few_rows = torch.ops.pygpt.linear_few_rows.default
+    torch.library.opcheck(few_rows, (x, weight, torch.randn(5)))
+    for arguments, message in [
+        ((x, weight[:, :7], None), r"weight must be \(N, K\)"),
+        ((x, weight, torch.randn(4)), r"bias must be \(N,\)"),
+        ((x, weight.bfloat16(), None), "must all be float32"),
+        ((x.double(), weight.double(), None), "must all be float32"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            few_rows(*arguments)
+
+
+def test_few_rows_with_gradients_or_odd_weights_are_pytorchs():
+    x, weight = leaf(2, 6), leaf(4, 6, seed=1)
+    assert type(ops.linear(x, weight).grad_fn).__name__ == type(F.linear(x, weight).grad_fn).__name__
+    with torch.no_grad():
+        for w in (weight, leaf(6, 4, seed=1).t()):  # a transposed weight would have to be copied in every call
+            assert_close(ops.linear(x, w), F.linear(x.double(), w.double()))
+        with pytest.raises(RuntimeError):
+            ops.linear(x, weight, torch.randn(3))
 
 
 def test_what_stays_with_pytorch():

@@ -135,6 +135,17 @@ PYGPT_INLINE vi lane_numbers() {
   return v;
 }
 
+// Lane i: element which[i] of a and b one after the other.
+PYGPT_INLINE vf shuffle(vf a, vf b, vi which) {
+#if defined(__GNUC__) && !defined(__clang__)
+  return __builtin_shuffle(a, b, which);
+#else
+  vf v;
+  for (int i = 0; i < kLanes; ++i) v[i] = which[i] < kLanes ? a[which[i]] : b[which[i] - kLanes];
+  return v;
+#endif
+}
+
 // 2^x for x <= 127: by polynomials in the fraction f, |f| <= 1/2, with the least largest relative error among those
 // that are 1 at 0. DEGREE 5: 2 ulp; 4: 3e-6; 3: 1e-4. 0 for results below the normal range and for -inf; NaN stays NaN.
 template <int DEGREE = 5>
@@ -166,12 +177,7 @@ PYGPT_INLINE vf vexp2(vf x) {
 // The lanes' sum or maximum, pairwise: lane i with lane i + WIDTH, the same order whatever surrounds the call.
 template <bool MAX, int WIDTH>
 PYGPT_INLINE float reduce(vf v) {
-#if defined(__GNUC__) && !defined(__clang__)
-  const vf other = __builtin_shuffle(v, lane_numbers() ^ WIDTH);
-#else
-  vf other = v;
-  for (int i = 0; i < kLanes; ++i) other[i] = v[i ^ WIDTH];
-#endif
+  const vf other = shuffle(v, v, lane_numbers() ^ WIDTH);
   v = MAX ? vmax(v, other) : v + other;
   if constexpr (WIDTH > 1)
     return reduce<MAX, WIDTH / 2>(v);

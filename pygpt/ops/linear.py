@@ -1,8 +1,9 @@
-"""Linear layers in float32 through the faster of torch's two GEMM libraries.
+"""Linear layers: few rows by a kernel of ours, float32 through the faster of torch's two GEMM libraries, the rest as they are.
 
-On x86 CPUs torch computes float32 products with MKL, which on processors that are not Intel's reaches less than half of
-what oneDNN, in every torch as well, does on the same machine (bench/LOG.md has the figures). So there these products go
-through oneDNN; everywhere else this is `F.linear`.
+Generation multiplies a row or a few with every weight, in the time that reading the weights takes; the kernel reads them at
+the memory's pace, the libraries at half of it or two thirds. On x86 CPUs torch computes float32 products with MKL, which on
+processors that are not Intel's reaches less than half of what oneDNN, in every torch as well, does on the same machine. So
+there these products go through oneDNN; everywhere else this is `F.linear` (bench/LOG.md has the figures).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pygpt.ops import backends
 from pygpt.ops.autograd import first_order
 
 SLICE_BYTES = 8 << 20  # of a product that is added to another tensor
-MIN_ROWS = 16  # fewer rows are a matter of memory bandwidth, which MKL uses as well
+MIN_ROWS = 16  # of a product for a library; what has fewer is a matter of memory bandwidth
 
 ONEDNN_IS_FASTER = (
     backends.extension is not None
@@ -25,7 +26,7 @@ ONEDNN_IS_FASTER = (
     and torch.backends.mkldnn.is_available()
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
-backends.register("linear", **({"cpp": (torch.float32,)} if ONEDNN_IS_FASTER else {}))
+backends.register("linear", cpp=(torch.float32, torch.bfloat16))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -35,18 +36,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or x.dim() < 2
         or weight.dim() != 2
         or x.shape[-1] != weight.shape[1]
-        or x.numel() < MIN_ROWS * x.shape[-1]
         or 0 in weight.shape
         or not x.dtype == weight.dtype == (weight if bias is None else bias).dtype
         or torch.is_autocast_enabled(x.device.type)
         or torch.compiler.is_compiling()  # the compiler chooses its own products
     ):
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and (
+    with_grad = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        return _Linear.apply(x, weight, bias)
-    return _onednn(x, weight, bias)
+    )
+    if 0 < x.numel() < MIN_ROWS * x.shape[-1]:
+        few_rows = not with_grad and weight.is_contiguous() and weight.is_cpu
+        if few_rows and (bias is None or (bias.is_cpu and bias.shape == weight.shape[:1])):
+            return torch.ops.pygpt.linear_few_rows.default(x, weight, bias)
+        return F.linear(x, weight, bias)
+    if x.dtype != torch.float32 or not ONEDNN_IS_FASTER or x.numel() == 0:
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias) if with_grad else _onednn(x, weight, bias)
 
 
 def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
@@ -66,7 +72,9 @@ def add_matmul_tn_(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _by_onednn(a: Tensor, b: Tensor) -> bool:
     return (
-        backends.choose("linear", a) != "eager"
+        ONEDNN_IS_FASTER
+        and a.dtype == torch.float32
+        and backends.choose("linear", a) != "eager"
         and a.shape[0] >= MIN_ROWS
         and 0 not in b.shape
         and 0 not in a.shape
@@ -101,3 +109,9 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0)
         return grad_x, grad_weight, grad_bias
+
+
+if backends.extension is not None:
+    torch.library.register_fake(
+        "pygpt::linear_few_rows", lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0])
+    )
