@@ -162,8 +162,9 @@ def info(console: Console) -> None:
         table.add_row(row.op, row.device, row.backend, row.dtypes, reasons)
     console.print(table)
     console.print(
-        f"On the CPU, layer_norm and add_layer_norm of fewer than {backends.SMALL:,} elements, and an embedding without "
-        "positions or gradients, are torch's own, whose calls cost less, unless a backend is forced."
+        f"On the CPU, layer_norm and add_layer_norm of fewer than {backends.SMALL:,} elements, linear_cross_entropy of fewer "
+        "logits, and an embedding without positions or gradients are torch's own, whose calls cost less, unless a backend "
+        "is forced."
     )
     if backends.forced():
         console.print(f"backend '{backends.forced()}' is forced (PYGPT_BACKEND)")

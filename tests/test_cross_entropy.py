@@ -8,8 +8,16 @@ import torch.nn.functional as F
 from common import assert_close, double, leaf
 
 from pygpt import use_backend
-from pygpt.ops import cross_entropy, linear_cross_entropy
+from pygpt.ops import backends, cross_entropy, linear_cross_entropy
 from pygpt.ops.cross_entropy import linear_cross_entropy_reference
+
+
+@pytest.fixture(autouse=True, params=["auto", "eager", "cpp"])  # auto: torch's own ops for such small sizes
+def backend(request):
+    if request.param == "cpp" and backends.extension is None:
+        pytest.skip("pygpt._C is not built")
+    with use_backend(request.param):
+        yield
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -25,7 +25,7 @@ void softmax_statistics(const T* x, int64_t V, float* largest, double* sum) {
     })
     const float block_top = reduce_max(vmax(vmax(most[0], most[1]), vmax(most[2], most[3])));
     if (block_top > top) {
-      total *= std::exp(double(top) - block_top);
+      if (begin) total *= std::exp(double(top) - block_top);
       top = block_top;
     }
     PYGPT_FOR_LANES_BY(kSums, count, {

@@ -28,7 +28,7 @@ from pygpt.ops import choices
 BACKENDS = ("eager", "cpp", "cuda", "triton")
 CPU_ORDER = ("cpp", "eager")
 MINIMUM_CUDA_CAPABILITY = (8, 0)
-# Elements below which a call of torch's own layer_norm costs less than our kernel saves (measured: bench/LOG.md).
+# Elements below which calls of torch's own ops cost less than our kernels save (measured: bench/LOG.md).
 SMALL = 65536
 # The Triton kernels take any of these dtypes, so that their column is one line here instead of one in every op.
 TRITON_OPS = frozenset(

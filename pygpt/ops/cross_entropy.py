@@ -19,7 +19,7 @@ from pygpt.errors import InputError, InputTypeError
 from pygpt.ops import backends
 from pygpt.ops.autograd import first_order
 from pygpt.ops.checks import check_device
-from pygpt.ops.linear import add_matmul_tn_, matmul_nt
+from pygpt.ops.linear import add_matmul_tn_, linear, matmul_nt
 
 # Where neither answers, the chunks below in torch's own ops are the implementation.
 backends.register("linear_cross_entropy", cpp=(torch.float32, torch.bfloat16))
@@ -40,7 +40,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
 
     hidden: (N, C) and weight: (V, C), floating point, one dtype. targets: (N,) int64, each in [0, V) or `ignore_index`.
     Returns a float32 scalar (float64 for float64): the mean over targets that are not ignored, NaN when all are. Once
-    differentiable. In forward mode and under torch.func's transforms it is the reference, with the whole logits in memory.
+    differentiable. In forward mode and under torch.func's transforms it is the reference, with the whole logits in memory;
+    on the CPU fewer than 65,536 logits are whole as well, unless a backend is forced.
     Raises InputError for shapes, devices and targets out of range, InputTypeError for dtypes.
     """
     if torch.is_autocast_enabled(hidden.device.type):
@@ -52,10 +53,13 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
         backends.choose("linear_cross_entropy", hidden)  # an error where a backend is forced
         return linear_cross_entropy_reference(hidden, weight, targets, ignore_index)
     try:
+        if backends.automatic_on_cpu(hidden) and 0 < hidden.shape[0] * weight.shape[0] < backends.SMALL:
+            logits = linear(hidden, weight).to(torch.promote_types(hidden.dtype, torch.float32))
+            return F.cross_entropy(logits, targets, ignore_index=ignore_index)
         if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
             return _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index)
         return _loss_and_gradients(hidden, weight, targets, ignore_index, False, False)[0]
-    except RuntimeError:
+    except (RuntimeError, IndexError):
         if targets.device.type == "cpu":  # where to look would have cost time in every call
             _check_range(targets, weight.shape[0], ignore_index)
         raise
