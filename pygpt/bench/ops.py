@@ -152,6 +152,14 @@ def _gelu(shape: Shape, dtype: torch.dtype, device: str) -> Pair:
     return Pair(lambda: ops.gelu(x), peer, "F.gelu", [x], grads, _both(2 * x.nbytes, 3 * x.nbytes))
 
 
+def _linear(shape: Shape, dtype: torch.dtype, device: str) -> Pair:
+    rows, K, N = shape
+    x = torch.randn(rows, K).to(device, dtype)
+    weight = (torch.randn(N, K) * 0.02).to(device, dtype)
+    work = {"forward": float(x.nbytes + weight.nbytes + rows * N * x.itemsize)}
+    return Pair(lambda: ops.linear(x, weight), lambda: F.linear(x, weight), "F.linear", [], [], work)
+
+
 def _linear_cross_entropy(shape: Shape, dtype: torch.dtype, device: str) -> Pair:
     N, V, C = shape
     hidden = _random((N, C), dtype, device)
@@ -236,6 +244,16 @@ OPS = {
         "B12 T64 H4 D32",
     ),
     "gelu": Op(_gelu, {"4096x3072": (4096, 3072), "1024x3072": (1024, 3072), "768x512": (768, 512)}, "768x512"),
+    "linear": Op(  # of generation: the model's head, whose weight no cache holds; the last is small enough for one
+        _linear,
+        {
+            "1 row, 50257x768": (1, 768, 50257),
+            "8 rows, 50257x768": (8, 768, 50257),
+            "1 row, 3072x768": (1, 768, 3072),
+        },
+        "1 row, 3072x768",
+        ("forward",),
+    ),
     "linear_cross_entropy": Op(
         _linear_cross_entropy,
         {"N1024 V50257 C768": (1024, 50257, 768), "N768 V65 C128": (768, 65, 128)},
