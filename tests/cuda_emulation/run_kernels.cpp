@@ -96,8 +96,9 @@ void attention(DType dtype, int B, int T_, int S, int H, int D, bool dropout, in
   p.partial_out = partial_out.data;
   p.partial_lse = partial_lse.data;
   attention_forward(p, kAt);
-  if (attention_on_hopper(p)) attention_hopper_forward(p, kAt);
+  if (attention_on_hopper(p, false)) attention_hopper_forward(p, kAt);
   attention_backward(p, kAt);
+  if (attention_on_hopper(p, true)) attention_hopper_backward(p, kAt);
 }
 
 }  // namespace
