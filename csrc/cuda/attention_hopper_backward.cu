@@ -15,11 +15,11 @@ namespace {
 
 constexpr int kQueryStages = 4;
 
-// Queries of a step: fewer where a row is wide, because two sums of 64 x D floats share the registers.
-template <int D>
-constexpr int kTileQueries = D == 64 ? 128 : 64;
-template <class T, int D>
-using QueryRing = Ring<T, D, kTileQueries<D>, kQueryStages>;
+// Queries of a step: fewer where a row is wide, because two sums of 64 x D floats share the registers, and with dropout.
+template <int D, bool kDropout>
+constexpr int kTileQueries = D == 64 && !kDropout ? 128 : 64;
+template <class T, int D, bool kDropout>
+using QueryRing = Ring<T, D, kTileQueries<D, kDropout>, kQueryStages>;
 
 // What belongs to the queries of a stage: log-sum-exp, of base 2, delta, and with dropout whether the element of a query and
 // the block's key 16 w + r stays: bit r of kept[w]. The warpgroup that loads computes these bits, because a generator's four
@@ -73,21 +73,26 @@ struct Keys {
     for (int n = 0; n < Q / 8; ++n) {
       const int column = n * 8 + lane % 4 * 2;
       const float2 base = *reinterpret_cast<const float2*>(stage.lse + column);
-      uint32_t kept = 0;  // of one query in the lower half, of the next one in the upper half
-      if constexpr (kDropout) kept = *reinterpret_cast<const uint32_t*>(stage.kept[key / 16 % 8] + column) >> lane / 4;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        s[n][i] = ptx::exp2_approx(s[n][i] * scale - (i % 2 ? base.y : base.x));
-        if constexpr (kDropout) s[n][i] = kept >> (i / 2 * 8 + i % 2 * 16) & 1 ? s[n][i] : -s[n][i];
+      for (int i = 0; i < 4; ++i) s[n][i] = ptx::exp2_approx(s[n][i] * scale - (i % 2 ? base.y : base.x));
+    }
+    if (query + shift < key + 15 || query + Q > first_end) {
+#pragma unroll
+      for (int n = 0; n < Q / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int row = query + n * 8 + lane % 4 * 2 + i % 2, j = key + lane / 4 + i / 2 * 8;
+          if (row >= end[i / 2] || j > row + shift) s[n][i] = 0.0f;
+        }
       }
     }
-    if (query + shift >= key + 15 && query + Q <= first_end) return;
+    if constexpr (kDropout) {
 #pragma unroll
-    for (int n = 0; n < Q / 8; ++n) {
+      for (int n = 0; n < Q / 8; ++n) {
+        const uint16_t* pair = stage.kept[key / 16 % 8] + n * 8 + lane % 4 * 2;  // of two queries
+        const uint32_t kept = *reinterpret_cast<const uint32_t*>(pair) >> lane / 4;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = query + n * 8 + lane % 4 * 2 + i % 2, j = key + lane / 4 + i / 2 * 8;
-        if (row >= end[i / 2] || j > row + shift) s[n][i] = 0.0f;
+        for (int i = 0; i < 4; ++i) s[n][i] = kept >> (i / 2 * 8 + i % 2 * 16) & 1 ? s[n][i] : -s[n][i];
       }
     }
   }
@@ -110,8 +115,8 @@ struct Keys {
 
 template <class T, int D, bool kDropout>
 __global__ void __launch_bounds__(kThreads, 1) grad_keys(const __grid_constant__ HopperAttention arguments) {
-  using Queries = QueryRing<T, D>;
-  constexpr int Q = kTileQueries<D>;
+  using Queries = QueryRing<T, D, kDropout>;
+  constexpr int Q = kTileQueries<D, kDropout>;
   const Attention& p = arguments.p;
   SharedMemory shared;
   T* keys = shared.take<T>(kBlockRows * D, 1024);
@@ -333,31 +338,38 @@ __global__ void __launch_bounds__(kThreads, 1) grad_queries(const __grid_constan
   }
 }
 
-template <class T, int D>
+template <class T, int D, bool kDropout>
 void run(const Attention& p, const Launch& at) {
+  constexpr int Q = kTileQueries<D, kDropout>;
   const auto arguments = [&](int rows_of_queries, int rows_of_keys) {
     return HopperAttention{p, map_of(p, p.q, p.T, rows_of_queries, at), map_of(p, p.k, p.S, rows_of_keys, at),
                            map_of(p, p.v, p.S, rows_of_keys, at), map_of(p, p.grad, p.T, rows_of_queries, at)};
   };
-  const bool dropout = p.dropout.seed != nullptr;
+  const auto shared = [](int ring_elements, int ring_barriers) {
+    return 2 * (kBlockRows * D + ring_elements) * sizeof(T) + (1 + 2 * ring_barriers) * sizeof(uint64_t);
+  };
+  using Queries = QueryRing<T, D, kDropout>;
+  using Keys = KeyRing<T, D>;
   const auto heads = static_cast<unsigned>(p.B * p.H);
   const auto key_blocks = static_cast<unsigned>(ceil_div(p.S, kBlockRows)), query_blocks = static_cast<unsigned>(ceil_div(p.T, kBlockRows));
-  const auto shared = [&]<class Ring>(Ring) {
-    return 2 * (kBlockRows * D + Ring::kElements) * sizeof(T) + (1 + 2 * Ring::kBarriers) * sizeof(uint64_t);
-  };
-  launch(at, dropout ? grad_keys<T, D, true> : grad_keys<T, D, false>, key_blocks * heads, kThreads,
-         shared(QueryRing<T, D>{}) + kQueryStages * sizeof(QueryStage<kTileQueries<D>>),
-         arguments(kTileQueries<D>, kBlockRows));
-  launch(at, dropout ? grad_queries<T, D, true> : grad_queries<T, D, false>, query_blocks * heads, kThreads,
-         shared(KeyRing<T, D>{}), arguments(kBlockRows, kTileKeys));
+  launch(at, grad_keys<T, D, kDropout>, key_blocks * heads, kThreads,
+         shared(Queries::kElements, Queries::kBarriers) + kQueryStages * sizeof(QueryStage<Q>), arguments(Q, kBlockRows));
+  launch(at, grad_queries<T, D, kDropout>, query_blocks * heads, kThreads, shared(Keys::kElements, Keys::kBarriers),
+         arguments(kBlockRows, kTileKeys));
+}
+
+template <class T>
+void run(const Attention& p, const Launch& at) {
+  if (p.dropout.seed)
+    p.D <= 64 ? run<T, 64, true>(p, at) : run<T, 128, true>(p, at);
+  else
+    p.D <= 64 ? run<T, 64, false>(p, at) : run<T, 128, false>(p, at);
 }
 
 }  // namespace
 
 void attention_hopper_backward(const Attention& p, const Launch& at) {
-  const bool small = p.D <= 64;
-  if (p.dtype == DType::bf16) return small ? run<__nv_bfloat16, 64>(p, at) : run<__nv_bfloat16, 128>(p, at);
-  return small ? run<__half, 64>(p, at) : run<__half, 128>(p, at);
+  p.dtype == DType::bf16 ? run<__nv_bfloat16>(p, at) : run<__half>(p, at);
 }
 
 }  // namespace pygpt::cuda
