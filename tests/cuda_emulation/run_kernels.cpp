@@ -112,6 +112,7 @@ int main(int argc, char** argv) {
   attention<__half>(DType::f16, 1, 3, 20, 1, 128, false);
   attention<float>(DType::f32, 1, 9, 40, 1, 33, true);
   attention<__nv_bfloat16>(DType::bf16, 2, 140, 150, 1, 64, true, 30);
+  attention<__half>(DType::f16, 1, 330, 330, 1, 128, false);
   attention<__half>(DType::f16, 1, 3, 200, 1, 72, false, 70);
   attention<float>(DType::f32, 2, 40, 50, 1, 5, false, 7);
   puts("attention");
