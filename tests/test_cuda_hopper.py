@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from common import DOCUMENT_CASES, DOCUMENTS, document_starts
 from cuda_emulation import build
 from test_attention import explicit
-from common import DOCUMENT_CASES, DOCUMENTS, document_starts
 from test_cuda_kernels import ATTENTIONS, compare_attention, library
 
 pytestmark = pytest.mark.skipif(bool(build.missing()), reason=build.missing() or "built")

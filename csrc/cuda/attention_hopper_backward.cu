@@ -54,11 +54,11 @@ struct alignas(16) QueryStage {
 };
 
 // What a thread knows of its two keys, key + lane / 4 and 8 further, key being its warp's first.
-struct Keys {
+struct OwnKeys {
   int key, shift, end[2], first_end;  // no query from `end` on sees the key; first_end: the warp's smallest
   float scale;                        // of base 2
 
-  __device__ Keys(const Attention& p, int b, int key) : key(key), shift(p.S - p.T), scale(p.scale * kLog2e) {
+  __device__ OwnKeys(const Attention& p, int b, int key) : key(key), shift(p.S - p.T), scale(p.scale * kLog2e) {
     const int own = key + threadIdx.x % kWarp / 4;
     end[0] = queries_from_before(p, b, own + 1);
     end[1] = queries_from_before(p, b, own + 9);
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, 1) grad_keys(const __grid_constant__
   } else {
     ptx::registers_take<kComputeRegisters>();
     const int group = threadIdx.x / kGroup - 1;
-    const Keys own(p, b, first + group * 64 + threadIdx.x % kGroup / kWarp * 16);
+    const OwnKeys own(p, b, first + group * 64 + threadIdx.x % kGroup / kWarp * 16);
     const T *k = keys + group * 64 * kRowElements, *v = values + group * 64 * kRowElements;
     float grad_k[D / 8][4] = {}, grad_v[D / 8][4] = {}, s[Q / 8][4], d[Q / 8][4];
     uint32_t probabilities[Q / 16][4], grad_scores[Q / 16][4];
@@ -210,11 +210,11 @@ __global__ void __launch_bounds__(kThreads, 1) grad_keys(const __grid_constant__
 // --- grad_q ----------------------------------------------------------------------------------------------------------
 
 // What a thread knows of its two queries, row + lane / 4 and 8 further, row being its warp's first.
-struct Queries {
+struct OwnQueries {
   int row, shift, start[2], last_start;  // query i sees keys start .. i + shift; last_start: the warp's largest
   float scale, lse[2], delta[2];         // of base 2: scale and lse
 
-  __device__ Queries(const Attention& p, int b, int head, int row)
+  __device__ OwnQueries(const Attention& p, int b, int head, int row)
       : row(row), shift(p.S - p.T), last_start(first_key(p, b, row + 15)), scale(p.scale * kLog2e) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -298,7 +298,7 @@ __global__ void __launch_bounds__(kThreads, 1) grad_queries(const __grid_constan
   } else {
     ptx::registers_take<kComputeRegisters>();
     const int group = threadIdx.x / kGroup - 1;
-    const Queries own(p, b, head, first + group * 64 + threadIdx.x % kGroup / kWarp * 16);
+    const OwnQueries own(p, b, head, first + group * 64 + threadIdx.x % kGroup / kWarp * 16);
     const T *q = queries + group * 64 * kRowElements, *grad = grads + group * 64 * kRowElements;
     const uint64_t seed = kDropout ? static_cast<uint64_t>(*p.dropout.seed) : 0;
     float grad_q[D / 8][4] = {}, s[kTileKeys / 8][4], d[kTileKeys / 8][4];
