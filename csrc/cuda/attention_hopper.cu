@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward(const __grid_constant__ H
     }
   } else {
     ptx::registers_take<kComputeRegisters>();
-    const int group = threadIdx.x / kGroup - 1, lane = threadIdx.x % kWarp;
+    const int group = own_group(), lane = threadIdx.x % kWarp;
     const int row = first + group * 64 + threadIdx.x % kGroup / kWarp * 16;
     const T* q = queries + group * 64 * kRowElements;
     const uint64_t seed = kDropout ? static_cast<uint64_t>(*p.dropout.seed) : 0;

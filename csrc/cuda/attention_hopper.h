@@ -14,8 +14,12 @@ constexpr int kThreads = 3 * kGroup;  // one that loads, two that compute
 constexpr int kBlockRows = 2 * 64;    // queries or keys that a block owns
 constexpr int kRowElements = 64;      // 16-bit elements in 128 bytes: a wider head is continued in a second part
 
-// The registers of the two kinds of warpgroups: 40 + 2 * 232 of the 3 * 168 that they begin with.
-constexpr int kLoadRegisters = 40, kComputeRegisters = 232;
+// Registers of the two kinds of warpgroups: no more than the 3 * 168 that all begin with.
+constexpr int kLoadRegisters = 24, kComputeRegisters = 240;
+
+// Which of the warpgroups that compute a thread is in. Asked of the warp's first thread, so that the compiler knows that the
+// whole warp has the same one, and keeps what is derived from it in the warp's registers instead of each thread's.
+__device__ inline int own_group() { return __shfl_sync(kWholeWarp, static_cast<int>(threadIdx.x) / kGroup, 0) - 1; }
 
 struct HopperAttention {
   Attention p;
@@ -69,11 +73,12 @@ using KeyRing = Ring<T, D, kTileKeys, D == 64 ? 4 : 2>;
 template <class T, int D, int N>
 __device__ void start_by_rows(float (&c)[N][4], const T* a, const T* b) {
   ptx::wgmma_fence();
+  const uint64_t a_begin = ptx::wgmma_operand(a), b_begin = ptx::wgmma_operand(b);
 #pragma unroll
   for (int d = 0; d < D; d += 16) {
     const int part = d / kRowElements * kRowElements, column = d % kRowElements;
-    ptx::wgmma_by_rows(T{}, c, ptx::wgmma_operand(a + part * kBlockRows + column),
-                       ptx::wgmma_operand(b + part * N * 8 + column), d > 0);
+    ptx::wgmma_by_rows(T{}, c, a_begin + (part * kBlockRows + column) / kVector<T>,
+                       b_begin + (part * N * 8 + column) / kVector<T>, d > 0);
   }
   ptx::wgmma_commit();
 }
@@ -82,9 +87,10 @@ __device__ void start_by_rows(float (&c)[N][4], const T* a, const T* b) {
 template <class T, int D, int K>
 __device__ void start_by_columns(float (&c)[D / 8][4], const uint32_t (&a)[K][4], const T* b) {
   ptx::wgmma_fence();
+  const uint64_t begin = ptx::wgmma_operand(b, K * 16 * kRowElements * sizeof(T));
 #pragma unroll
   for (int step = 0; step < K; ++step)
-    ptx::wgmma_by_columns(T{}, c, a[step], ptx::wgmma_operand(b + step * 16 * kRowElements, K * 16 * kRowElements * sizeof(T)));
+    ptx::wgmma_by_columns(T{}, c, a[step], begin + step * 16 * kRowElements / kVector<T>);
   ptx::wgmma_commit();
 }
 

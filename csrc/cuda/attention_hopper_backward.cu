@@ -14,6 +14,7 @@ namespace {
 // --- grad_k and grad_v -----------------------------------------------------------------------------------------------
 
 constexpr int kQueryStages = 4;
+constexpr int kFillRegisters = 40, kSumRegisters = 232;  // as kLoadRegisters and kComputeRegisters: a stage is also filled
 
 // Queries of a step: fewer where a row is wide, because two sums of 64 x D floats share the registers, and with dropout.
 template <int D, bool kDropout>
@@ -141,7 +142,7 @@ __global__ void __launch_bounds__(kThreads, 1) grad_keys(const __grid_constant__
   const int tiles = (queries_from_before(p, b, first + kBlockRows) + Q - 1) / Q - begin;  // none where no query sees the keys
 
   if (threadIdx.x < kGroup) {
-    ptx::registers_give_back<kLoadRegisters>();
+    ptx::registers_give_back<kFillRegisters>();
     if (threadIdx.x == 0 && tiles > 0) {
       ptx::mbarrier_arrive_expect(keys_full, 2 * kBlockRows * D * sizeof(T));
       load_tile<T, D, kBlockRows>(keys, arguments.k, keys_full, first, b, h);
@@ -158,8 +159,8 @@ __global__ void __launch_bounds__(kThreads, 1) grad_keys(const __grid_constant__
       ptx::mbarrier_arrive(queries.full(n));
     }
   } else {
-    ptx::registers_take<kComputeRegisters>();
-    const int group = threadIdx.x / kGroup - 1;
+    ptx::registers_take<kSumRegisters>();
+    const int group = own_group();
     const OwnKeys own(p, b, first + group * 64 + threadIdx.x % kGroup / kWarp * 16);
     const T *k = keys + group * 64 * kRowElements, *v = values + group * 64 * kRowElements;
     float grad_k[D / 8][4] = {}, grad_v[D / 8][4] = {}, s[Q / 8][4], d[Q / 8][4];
@@ -297,7 +298,7 @@ __global__ void __launch_bounds__(kThreads, 1) grad_queries(const __grid_constan
     }
   } else {
     ptx::registers_take<kComputeRegisters>();
-    const int group = threadIdx.x / kGroup - 1;
+    const int group = own_group();
     const OwnQueries own(p, b, head, first + group * 64 + threadIdx.x % kGroup / kWarp * 16);
     const T *q = queries + group * 64 * kRowElements, *grad = grads + group * 64 * kRowElements;
     const uint64_t seed = kDropout ? static_cast<uint64_t>(*p.dropout.seed) : 0;
@@ -351,7 +352,8 @@ void run(const Attention& p, const Launch& at) {
   using Queries = QueryRing<T, D, kDropout>;
   using Keys = KeyRing<T, D>;
   const auto heads = static_cast<unsigned>(p.B * p.H);
-  const auto key_blocks = static_cast<unsigned>(ceil_div(p.S, kBlockRows)), query_blocks = static_cast<unsigned>(ceil_div(p.T, kBlockRows));
+  const auto key_blocks = static_cast<unsigned>(ceil_div(p.S, kBlockRows));
+  const auto query_blocks = static_cast<unsigned>(ceil_div(p.T, kBlockRows));
   launch(at, grad_keys<T, D, kDropout>, key_blocks * heads, kThreads,
          shared(Queries::kElements, Queries::kBarriers) + kQueryStages * sizeof(QueryStage<Q>), arguments(Q, kBlockRows));
   launch(at, grad_queries<T, D, kDropout>, query_blocks * heads, kThreads, shared(Keys::kElements, Keys::kBarriers),
