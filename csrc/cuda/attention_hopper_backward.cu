@@ -220,10 +220,10 @@ struct OwnQueries {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int query = row + threadIdx.x % kWarp / 4 + half * 8;
-      const int64_t at = int64_t(head) * p.T + query;
+      const int64_t at = int64_t(head) * p.T + (query < p.T ? query : 0);
       start[half] = first_key(p, b, query);
-      lse[half] = query < p.T ? p.lse[at] * kLog2e : -kNegativeInfinity;  // beyond the last query all probabilities are 0
-      delta[half] = query < p.T ? p.delta[at] : 0.0f;
+      lse[half] = p.lse[at] * kLog2e;
+      delta[half] = p.delta[at];
     }
   }
 
