@@ -69,6 +69,27 @@ constexpr int kTileKeys = 128;  // of a step over keys
 template <class T, int D>
 using KeyRing = Ring<T, D, kTileKeys, D == 64 ? 4 : 2>;
 
+template <class Keys>
+__device__ void load_keys_and_values(const Keys& keys, const Keys& values, const HopperAttention& arguments, int begin, int tiles,
+                                     int b, int h) {
+  for (int n = 0; n < tiles; ++n) {
+    keys.load(n, arguments.k, (begin + n) * kTileKeys, b, h);
+    values.load(n, arguments.v, (begin + n) * kTileKeys, b, h);
+  }
+}
+
+// Of a block's queries: the first one, and the tiles of keys that they see. Blocks with the most keys come first.
+struct QueryBlock {
+  int head, b, h, first, begin, tiles;
+};
+__device__ inline QueryBlock query_block(const Attention& p) {
+  const int heads = p.B * p.H, blocks = gridDim.x / heads, head = blockIdx.x % heads, b = head / p.H, h = head % p.H;
+  const int first = (blocks - 1 - static_cast<int>(blockIdx.x) / heads) * kBlockRows, shift = p.S - p.T;
+  const int last_key = first + kBlockRows + shift < p.S ? first + kBlockRows + shift : p.S;  // one past it
+  const int begin = first_key(p, b, first) / kTileKeys, tiles = (last_key + kTileKeys - 1) / kTileKeys - begin;
+  return {head, b, h, first, begin, tiles};
+}
+
 // Starts c (64, 8 N) = a b^T: 64 rows, from `a` on, of a tile of the block's own, and a tile of 8 N rows.
 template <class T, int D, int N>
 __device__ void start_by_rows(float (&c)[N][4], const T* a, const T* b) {

@@ -280,10 +280,7 @@ __global__ void __launch_bounds__(kThreads, 1) grad_queries(const __grid_constan
   }
   __syncthreads();
 
-  const int heads = p.B * p.H, blocks = gridDim.x / heads, head = blockIdx.x % heads, b = head / p.H, h = head % p.H;
-  const int first = (blocks - 1 - static_cast<int>(blockIdx.x) / heads) * kBlockRows, shift = p.S - p.T;
-  const int last_key = first + kBlockRows + shift < p.S ? first + kBlockRows + shift : p.S;  // one past it
-  const int begin = first_key(p, b, first) / kTileKeys, tiles = (last_key + kTileKeys - 1) / kTileKeys - begin;
+  const auto [head, b, h, first, begin, tiles] = query_block(p);
 
   if (threadIdx.x < kGroup) {
     ptx::registers_give_back<kLoadRegisters>();
@@ -291,10 +288,7 @@ __global__ void __launch_bounds__(kThreads, 1) grad_queries(const __grid_constan
       ptx::mbarrier_arrive_expect(queries_full, 2 * kBlockRows * D * sizeof(T));
       load_tile<T, D, kBlockRows>(queries, arguments.q, queries_full, first, b, h);
       load_tile<T, D, kBlockRows>(grads, arguments.grad, queries_full, first, b, h);
-      for (int n = 0; n < tiles; ++n) {
-        keys.load(n, arguments.k, (begin + n) * kTileKeys, b, h);
-        values.load(n, arguments.v, (begin + n) * kTileKeys, b, h);
-      }
+      load_keys_and_values(keys, values, arguments, begin, tiles, b, h);
     }
   } else {
     ptx::registers_take<kComputeRegisters>();
