@@ -21,7 +21,7 @@ TENSOR_CORES = {
     "ldmatrix": "LDSM",
 }
 TENSOR_CORES_OF_HOPPER = {
-    "product of a warpgroup": r"\bHGMMA\.64x128x16\.F32",
+    "product of a warpgroup": r"\bHGMMA\.64x(64|128)x16\.F32",
     "tensor copy": r"UTMALDG\.4D",
     "registers given and taken": "USETMAXREG",
 }
