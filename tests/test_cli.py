@@ -470,6 +470,11 @@ def test_info_says_who_answers_and_why_the_others_do_not(capsys, monkeypatch):
     with pygpt.use_backend("eager"):
         assert main(["info"]) == 0
     assert "'eager' is forced" in capsys.readouterr().out
+    assert "PYGPT_CUDA_HOPPER" not in out
+    for value, effect in (("1", "by Hopper's kernels"), ("yes", "no effect, only 1 has one")):
+        monkeypatch.setenv("PYGPT_CUDA_HOPPER", value)
+        assert main(["info"]) == 0
+        assert effect in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["info", "prepare", "pretrain", "generate", "chat", "eval", "export"])

@@ -12,7 +12,7 @@ import pytest
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 KERNELS = sorted(source.stem for source in (CSRC / "cuda").glob("*.cu"))
 ARCHITECTURES = ("80", "90")
-HOPPER = ("attention_hopper",)  # in instructions that no other architecture has
+HOPPER = ("attention_hopper", "attention_hopper_backward")  # in instructions that no other architecture has
 FLAGS = ["-std=c++20", "-O3", f"-I{CSRC}", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra", "-Xptxas=-v"]
 
 TENSOR_CORES = {
@@ -21,7 +21,7 @@ TENSOR_CORES = {
     "ldmatrix": "LDSM",
 }
 TENSOR_CORES_OF_HOPPER = {
-    "product of a warpgroup": r"\bHGMMA\.64x128x16\.F32",
+    "product of a warpgroup": r"\bHGMMA\.64x(64|128)x16\.F32",
     "tensor copy": r"UTMALDG\.4D",
     "registers given and taken": "USETMAXREG",
 }
@@ -30,6 +30,7 @@ NEEDED = {
     "attention": (8, TENSOR_CORES),
     "attention_backward": (16, TENSOR_CORES),
     "attention_hopper": (8, TENSOR_CORES_OF_HOPPER),
+    "attention_hopper_backward": (16, TENSOR_CORES_OF_HOPPER),
 }
 
 # One kernel with more live values than the registers it is allowed, and no instruction of tensor cores.

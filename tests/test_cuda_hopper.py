@@ -1,5 +1,5 @@
 """Hopper's instructions, one small kernel for each wrapper of csrc/cuda/ptx_sm90.h, against references in numpy; and the
-attention kernel written with them, against the float64 reference.
+attention kernels written with them, against the float64 reference.
 
 They run on the emulated device; the instructions on a GPU of compute capability 9.0 too, where there is one.
 """
@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from common import DOCUMENT_CASES, DOCUMENTS, document_starts
 from cuda_emulation import build
 from test_attention import explicit
-from test_cuda_kernels import compare_attention, library
+from test_cuda_kernels import ATTENTIONS, compare_attention, library
 
 pytestmark = pytest.mark.skipif(bool(build.missing()), reason=build.missing() or "built")
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and shutil.which("nvcc")
@@ -127,31 +128,50 @@ def test_product_by_columns(device: Device, N: int, dtype: torch.dtype):
     np.testing.assert_allclose(out.cpu().numpy(), wanted, rtol=1e-4, atol=1e-4)
 
 
+class Operators:
+    """The emulated operators; `on_hopper` says of the last forward and the last backward whether Hopper's kernels ran."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.count, self.on_hopper = library.emulation_wgmma_count, {}
+        self.count.restype = ctypes.c_uint64
+
+    def __getattr__(self, name: str) -> Any:
+        def run(*arguments: Any) -> Any:
+            before = self.count()
+            results = getattr(torch.ops.pygpt_emulated, name)(*arguments)
+            self.on_hopper[name.removeprefix("causal_attention_")] = self.count() > before
+            return results
+
+        return run
+
+
 @pytest.fixture
-def op(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The emulated operators, with the Hopper kernel asked for."""
+def op(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Operators:
+    """The emulated operators, with the Hopper kernels asked for."""
     library.emulation_set_seed(ctypes.c_uint64(1))
-    library.emulation_wgmma_count.restype = ctypes.c_uint64
     monkeypatch.setenv("PYGPT_CUDA_HOPPER", "1")
-    return torch.ops.pygpt_emulated
+    return Operators(library)
 
 
-def compare(op: Any, library: ctypes.CDLL, *arguments: Any, hopper: bool = True, **more: Any) -> None:
-    """The forward, and the portable backward on its results, with float64; by the kernel that is meant."""
-    before = library.emulation_wgmma_count()
+def compare(op: Operators, *arguments: Any, forward: bool = True, backward: bool = True, **more: Any) -> None:
+    """Forward and backward with float64, each by the kernels that are meant."""
     compare_attention(op, *arguments, **more)
-    assert (library.emulation_wgmma_count() > before) == hopper
+    assert op.on_hopper == {"forward": forward, "backward": backward}
 
 
-# B, T, S, H, D: one query more than the fewest; one row in the second block; the ring more than twice around; keys before
-# the queries, so that the diagonal crosses two tiles; heads narrower than a tile, in one part and in two.
+# B, T, S, H, D: one query more than the fewest; one row in the second block; the rings of keys and of queries more than
+# twice around; keys before the queries, so that the diagonal crosses two tiles; heads narrower than a tile, in one part and
+# in two; and of the cases that all CUDA kernels share those that these kernels serve.
 SHAPES = [
     (1, 65, 65, 1, 64),
     (1, 129, 129, 2, 64),
-    (1, 70, 1000, 1, 64),
+    (1, 70, 1100, 1, 64),
+    (1, 1100, 1100, 1, 64),
+    (1, 540, 540, 1, 128),
     (1, 200, 293, 1, 128),
     (1, 90, 90, 1, 40),
     (1, 70, 131, 1, 72),
+    *((B, T, S, H, D) for B, T, S, H, D in ATTENTIONS if T > 64 and D % 8 == 0 and D <= 128),
 ]
 
 
@@ -162,11 +182,11 @@ def test_attention(op, library, shape, dtype, dropout_p, seed):
     library.emulation_set_seed(ctypes.c_uint64(seed))
     B, T, S, H, D = shape
     q, k, v, grad = (random(B, n, H, D, dtype=dtype, seed=i) for i, n in enumerate([T, S, S, T]))
-    compare(op, library, q, k, v, grad, dropout_p)
+    compare(op, q, k, v, grad, dropout_p)
 
 
 @pytest.mark.parametrize("layout", ["packed", "heads first", "cache"])
-def test_attention_of_views(op, library, layout):
+def test_attention_of_views(op, layout):
     B, T, S, H, D = 2, 70, 90, 2, 64
     q, k, v = (random(B, n, H, D, dtype=torch.bfloat16, seed=i) for i, n in enumerate([T, S, S]))
     if layout == "packed":
@@ -175,15 +195,25 @@ def test_attention_of_views(op, library, layout):
         q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
     else:
         k, v = (random(B, S + 17, H, D, dtype=torch.bfloat16, seed=i)[:, :S] for i in (1, 2))
-    compare(op, library, q, k, v, random(B, T, H, D, dtype=torch.bfloat16, seed=7))
+    compare(op, q, k, v, random(B, T, H, D, dtype=torch.bfloat16, seed=7))
 
 
-@pytest.mark.parametrize("lengths", [(200,), (100, 100), (1, 130, 69), (3,) * 66 + (2,)], ids=len)
-def test_attention_of_documents(op, library, lengths):
-    starts = torch.repeat_interleave(torch.tensor([0, *lengths]).cumsum(0)[:-1], torch.tensor(lengths)).int()[None]
-    for T in (200, 90):
-        q, k, v, grad = (random(1, n, 1, 64, dtype=torch.float16, seed=i) for i, n in enumerate([T, 200, 200, T]))
-        compare(op, library, q, k, v, grad, document_start=starts[:, 200 - T :])
+# The last one has a block of keys that no query sees where the queries are the last 90.
+@pytest.mark.parametrize("lengths", [(200,), (100, 100), (1, 130, 69), (3,) * 66 + (2,), (200, 100)], ids=str)
+def test_attention_of_documents(op, lengths):
+    S, dropout_p = sum(lengths), 0.25 if lengths[-1] > 60 else 0.0
+    for T in (S, 90):
+        q, k, v, grad = (random(1, n, 1, 64, dtype=torch.float16, seed=i) for i, n in enumerate([T, S, S, T]))
+        compare(op, q, k, v, grad, dropout_p, document_start=document_starts([lengths], T))
+
+
+@pytest.mark.parametrize(("name", "T"), [(name, T) for name, T in DOCUMENT_CASES if T > 64])
+def test_attention_of_shared_documents(op, name, T):
+    rows = DOCUMENTS[name]
+    S = sum(rows[0])
+    for D, dtype in ((64, torch.bfloat16), (128, torch.float16)):
+        q, k, v, grad = (random(len(rows), n, 1, D, dtype=dtype, seed=i) for i, n in enumerate([T, S, S, T]))
+        compare(op, q, k, v, grad, document_start=document_starts(rows, T))
 
 
 def test_attention_of_large_scores(op):
@@ -192,23 +222,33 @@ def test_attention_of_large_scores(op):
     exact, exact_lse = explicit(q.double(), k.double(), v.double(), 1.0)
     np.testing.assert_allclose(lse, exact_lse, rtol=1e-4)
     assert ((out.double() - exact).abs() < 0.02 * exact.abs().max()).double().mean() > 0.99
+    grads = op.causal_attention_backward(torch.ones_like(out), q, k, v, out, lse, 1.0, 0.0, None)
+    assert op.on_hopper == {"forward": True, "backward": True}
+    assert all(torch.isfinite(g).all() for g in grads)
 
 
-def test_attention_same_bits_under_every_order(op, library):
-    q, k, v = (random(1, 200, 1, 64, dtype=torch.bfloat16, seed=i) for i in range(3))
-    results = []
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize("D", [64, 128])
+def test_attention_same_bits_under_every_order(op, library, D, dropout_p):
+    q, k, v, grad = (random(1, 330, 1, D, dtype=torch.bfloat16, seed=i) for i in range(4))
+    dropout_seed, results = torch.tensor([3]), []
     for seed in range(4):
         library.emulation_set_seed(ctypes.c_uint64(seed))
-        results.append(op.causal_attention_forward(q, k, v, 0.125, 0.0, None))
+        out, lse = op.causal_attention_forward(q, k, v, 0.125, dropout_p, dropout_seed)
+        grads = op.causal_attention_backward(grad, q, k, v, out, lse, 0.125, dropout_p, dropout_seed)
+        results.append((out, lse, *grads))
+    assert op.on_hopper == {"forward": True, "backward": True}
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
-def test_attention_elsewhere_is_the_portable_kernel(op, library, monkeypatch):
+def test_attention_elsewhere_is_the_portable_kernel(op, monkeypatch):
     """Few queries, a scale that is not positive, a stride of 0, float32, and all when nobody asks."""
     q, k, v, grad = (random(2, 80, 2, 64, dtype=torch.bfloat16, seed=i) for i in range(4))
-    compare(op, library, q[:, :64], k, v, grad[:, :64], hopper=False)
-    compare(op, library, q, k, v, grad, 0.0, -0.3, hopper=False)
-    compare(op, library, q, k[:1].expand(k.shape), v, grad, hopper=False)
-    compare(op, library, *(x.float() for x in (q, k, v, grad)), hopper=False)
+    neither = {"forward": False, "backward": False}
+    compare(op, q[:, :64], k, v, grad[:, :64], **neither)
+    compare(op, q, k, v, grad, 0.0, -0.3, **neither)
+    compare(op, q, k[:1].expand(k.shape), v, grad, **neither)
+    compare(op, q, k, v, grad[:1].expand(grad.shape), backward=False)
+    compare(op, *(x.float() for x in (q, k, v, grad)), **neither)
     monkeypatch.delenv("PYGPT_CUDA_HOPPER")
-    compare(op, library, q, k, v, grad, hopper=False)
+    compare(op, q, k, v, grad, **neither)

@@ -19,17 +19,21 @@ if not torch.cuda.is_available():
     pytest.skip("no CUDA device: the GPU kernels are not run", allow_module_level=True)
 
 COLUMNS = [name for name in ("cuda", "triton") if backends.ready(name)]
+if "cuda" in COLUMNS and torch.cuda.get_device_capability() == (9, 0):
+    COLUMNS.append("cuda, Hopper")
 F32, BF16 = torch.float32, torch.bfloat16
 
 
 @pytest.fixture(params=COLUMNS or ["none"])
-def column(request):
-    """Each of pygpt's GPU backends in turn, forced."""
+def column(request, monkeypatch):
+    """Each of pygpt's GPU backends in turn, forced; the CUDA one also with its attention for compute capability 9.0."""
     if request.param == "none":
         reasons = {c.name: c.problem for c in backends.columns() if c.device == "cuda"}
         pytest.fail(f"there is a CUDA device but no backend for it: {reasons}")
-    with pygpt.use_backend(request.param):
-        yield request.param
+    name, _, hopper = request.param.partition(", ")
+    monkeypatch.setenv("PYGPT_CUDA_HOPPER", str(int(bool(hopper))))
+    with pygpt.use_backend(name):
+        yield name
 
 
 def draw(*shape, dtype=BF16, seed=0, scale=1.0):

@@ -53,16 +53,16 @@ Attention describe(const Tensor& q, const Tensor& k, const Tensor& v, double sca
   return p;
 }
 
-// Runs the Hopper kernel, and says whether it did. It was not measured against the portable one yet: on request only.
-bool hopper_forward([[maybe_unused]] const Attention& p, const OnDevice& device) {
+// Runs the Hopper kernels, and says whether it did. They were not measured against the portable ones yet: on request only.
+bool run_on_hopper([[maybe_unused]] const Attention& p, [[maybe_unused]] bool backward, const OnDevice& device) {
   const char* asked = std::getenv("PYGPT_CUDA_HOPPER");
   if (!asked || std::string_view(asked) != "1") return false;
   int major = 0;
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device.device), device);
   if (major != 9) return false;
 #ifdef PYGPT_CUDA_HOPPER
-  if (!attention_on_hopper(p)) return false;
-  attention_hopper_forward(p, device);
+  if (!attention_on_hopper(p, backward)) return false;
+  backward ? attention_hopper_backward(p, device) : attention_hopper_forward(p, device);
   return true;
 #else
   PYGPT_CHECK(false, device.what, ": PYGPT_CUDA_HOPPER=1, but this build has no architecture 90a: unset it, or build ",
@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, double scale, d
     attention_plain_forward(p, device);
     return {out, lse};
   }
-  if (hopper_forward(p, device)) return {out, lse};
+  if (run_on_hopper(p, false, device)) return {out, lse};
   p.splits = attention_splits(p, device.multiprocessors);
   const int64_t parts = p.splits > 1 ? p.splits : 0;
   Tensor partial_out = new_empty(q, {parts, p.B, p.H, p.T, p.D}, ScalarType::Float);
@@ -137,7 +137,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor q, Tensor k, Ten
   p.grad_k = heads(grad_k);
   p.grad_v = heads(grad_v);
   attention_delta(p, device);
-  attention_on_tensor_cores(p, true) ? attention_backward(p, device) : attention_plain_backward(p, device);
+  if (!attention_on_tensor_cores(p, true))
+    attention_plain_backward(p, device);
+  else if (!run_on_hopper(p, true, device))
+    attention_backward(p, device);
   return {grad_q, grad_k, grad_v};
 }
 

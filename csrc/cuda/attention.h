@@ -61,9 +61,10 @@ int attention_splits(const Attention& p, int multiprocessors);
 
 void attention_forward(const Attention& p, const Launch& at);
 
-// The forward for compute capability 9.0, and whether it serves this problem; there only where the build is for 90a.
-bool attention_on_hopper(const Attention& p);
+// The kernels for compute capability 9.0, and whether they serve this problem; there only where the build is for 90a.
+bool attention_on_hopper(const Attention& p, bool backward);
 void attention_hopper_forward(const Attention& p, const Launch& at);
+void attention_hopper_backward(const Attention& p, const Launch& at);
 
 void attention_backward(const Attention& p, const Launch& at);
 void attention_plain_forward(const Attention& p, const Launch& at);

@@ -102,7 +102,8 @@ __device__ void store_rows(const float (&c)[N][4], T* head, int64_t stride, int 
   }
 }
 
-// Drops elements of a warp's 16 x 64 tile of probabilities and scales those kept.
+// Drops elements of a warp's 16 x 64 tile of probabilities and scales those kept; or only marks those dropped, by their sign.
+template <bool kMark = false>
 __device__ inline void drop(float (&p)[kKeys / 8][4], const Dropout& dropout, uint64_t seed, uint32_t head, int row, int key) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
@@ -112,7 +113,11 @@ __device__ inline void drop(float (&p)[kKeys / 8][4], const Dropout& dropout, ui
 #pragma unroll
     for (int word = 0; word < 4; ++word) {
       float& x = p[2 * word + odd][2 * half + element];
-      x = words.at[word] >= dropout.threshold ? x * dropout.kept_scale : 0.0f;
+      const bool kept = words.at[word] >= dropout.threshold;
+      if constexpr (kMark)
+        x = kept ? x : -x;
+      else
+        x = kept ? x * dropout.kept_scale : 0.0f;
     }
   }
 }

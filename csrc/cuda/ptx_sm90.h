@@ -140,7 +140,8 @@ __device__ void registers_take() {
 namespace pygpt::cuda::ptx {
 
 // What wgmma is told of an operand in shared memory: where it begins, the way from 8 of its rows of 128 bytes to the next 8
-// (they follow each other), and from 64 of its columns to the next 64, needed only where rows are what is summed over.
+// (they follow each other), and from 64 of its columns to the next 64, needed only where rows are what is summed over. An
+// operand that begins 16 bytes further is one more.
 __device__ inline uint64_t wgmma_operand(const void* begin, int next_64_columns = 16) {
   constexpr uint64_t kNext8Rows = 8 * 128, kSwizzle128 = 1;
   return (shared_address(begin) & 0x3ffff) >> 4 | uint64_t(next_64_columns >> 4) << 16 | kNext8Rows >> 4 << 32 |

@@ -96,8 +96,9 @@ void attention(DType dtype, int B, int T_, int S, int H, int D, bool dropout, in
   p.partial_out = partial_out.data;
   p.partial_lse = partial_lse.data;
   attention_forward(p, kAt);
-  if (attention_on_hopper(p)) attention_hopper_forward(p, kAt);
+  if (attention_on_hopper(p, false)) attention_hopper_forward(p, kAt);
   attention_backward(p, kAt);
+  if (attention_on_hopper(p, true)) attention_hopper_backward(p, kAt);
 }
 
 }  // namespace
@@ -111,6 +112,7 @@ int main(int argc, char** argv) {
   attention<__half>(DType::f16, 1, 3, 20, 1, 128, false);
   attention<float>(DType::f32, 1, 9, 40, 1, 33, true);
   attention<__nv_bfloat16>(DType::bf16, 2, 140, 150, 1, 64, true, 30);
+  attention<__half>(DType::f16, 1, 330, 330, 1, 128, false);
   attention<__half>(DType::f16, 1, 3, 200, 1, 72, false, 70);
   attention<float>(DType::f32, 2, 40, 50, 1, 5, false, 7);
   puts("attention");
