@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo arc test sanitize bench gpu lint clean
+.PHONY: demo arc test sanitize bench gpu gpu-sanitize lint clean
 
 demo: $(VENV)/.train            ## pretrain a small GPT on Python's standard library and print a sample
 	$(BIN)/pygpt info
@@ -53,6 +53,12 @@ bench: $(VENV)/.bench           ## every op, and GPT-2 124M, against their peers
 gpu: $(VENV)/.gpu               ## on a machine with an NVIDIA GPU: GPU tests, then every op and GPT-2 124M against their peers
 	timeout 120 $(BIN)/python -m pytest tests/test_gpu.py tests/test_cuda_ptx.py tests/test_cuda_hopper.py; \
 	  tested=$$?; $(BIN)/python bench/gpu.py && exit $$tested
+
+# Tests at sizes that the tools, which slow a kernel down a hundred times, go through in minutes.
+gpu-sanitize: $(VENV)/.gpu      ## the CUDA kernels on a GPU under NVIDIA's compute-sanitizer: memory, races, uninitialised reads
+	for tool in memcheck racecheck initcheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool \
+	  --error-exitcode 1 $(BIN)/python -m pytest --timeout 1800 tests/test_cuda_ptx.py tests/test_cuda_hopper.py tests/test_gpu.py \
+	  -k "not triton and not model and not graph and not hundred and not cross_entropy" || exit 1; done
 
 clean:
 	rm -rf $(VENV) build
