@@ -4,7 +4,11 @@
 
 #include "runtime.h"
 
-// Compiled with -Dpygpt=pygpt_emulated, which renames the operators' library and its namespace.
+// Compiled with -Dpygpt=pygpt_emulated, which renames the operators' library and its namespace. torch 2.10's macro for a
+// library takes the name as it is written, that for a fragment of one as it is defined.
+#include <torch/csrc/stable/library.h>
+#undef STABLE_TORCH_LIBRARY
+#define STABLE_TORCH_LIBRARY STABLE_TORCH_LIBRARY_FRAGMENT
 #include "schema.cpp"
 
 // What a CPU build of torch has no answer to. Linked with -Bsymbolic, so that these are the ones used.
