@@ -187,24 +187,6 @@ def read_config(folder: Path) -> GPTConfig:
         raise InputError(f"'{file}': {error}") from error
 
 
-def is_classifier(folder: Path) -> bool:
-    """Whether the model in a folder has a classification head. Raises as `read_config`."""
-    read_config(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return "GPT2ForSequenceClassification" in (config.get("architectures") or [])
-
-
-def resolve_language_model(path: str | Path) -> Path:
-    """`resolve_checkpoint` for those who want text: raises InputError for a classifier, whose weights no longer predict it."""
-    folder = resolve_checkpoint(path)
-    if is_classifier(folder):
-        raise InputError(
-            f"the model in '{path}' is a classifier and predicts no text: use pygpt classify, pygpt eval --labelled, or the "
-            f"model that it was finetuned from"
-        )
-    return folder
-
-
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     file = folder / "model.safetensors"
     if file.is_file():

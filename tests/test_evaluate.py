@@ -117,14 +117,6 @@ def test_accuracy_and_macro_f1_are_those_of_transformers_and_scikit_learn(tmp_pa
     assert f"1 more left out: empty text; 1 more left out: empty label; {truncated} of them longer than" in out
 
 
-def test_a_classifier_predicts_no_text(tmp_path, classifier, capsys):
-    run, text = str(tmp_path / "run"), tmp_path / "text.txt"
-    text.write_text("some words", encoding="utf-8")
-    for command in (["eval", run, "--text", str(text)], ["generate", run, "--prompt", "a"]):
-        assert main([*command, "--device", "cpu"]) == 2
-        assert "is a classifier and predicts no text: use pygpt classify" in " ".join(capsys.readouterr().err.split())
-
-
 def test_columns_by_name(tmp_path, classifier):
     rows = [{"body": text, "class": label} for label, text in ROWS]
     (tmp_path / "rows.dat").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
