@@ -22,7 +22,7 @@ from pygpt.data.instructions import Message, Template, encode_messages, load_tem
 from pygpt.errors import InputError
 from pygpt.generate import Sampling
 from pygpt.model import GPT
-from pygpt.pretrained import load_with_tokenizer, resolve_checkpoint
+from pygpt.pretrained import load_with_tokenizer, refuse_classifier, resolve_checkpoint
 from pygpt.text import in_order, stream_text
 from pygpt.tokenizer import Tokenizer
 from pygpt.train.trainer import MAX_SEED, resolve_device
@@ -220,6 +220,7 @@ def _messages(notices: Console) -> Iterator[str]:
 def _load(config: SamplingConfig) -> tuple[GPT, Tokenizer, Path]:
     """The model, its tokenizer and its folder."""
     folder = resolve_checkpoint(config.run)
+    refuse_classifier(folder, f'try pygpt classify {config.run} "a text"')
     device = resolve_device(config.device)
     model, tokenizer = load_with_tokenizer(folder)
     return model.to(device), tokenizer, folder

@@ -53,7 +53,7 @@ def export(config: ExportConfig, console: Console | None = None) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"'{out}' exists already: choose a new folder")
     folder = pretrained.resolve_checkpoint(config.run)
-    classifies = _is_classifier(folder)
+    classifies = pretrained.is_classifier(folder)
     model = Classifier.from_pretrained(folder) if classifies else GPT.from_pretrained(folder)
     tokenizer = pretrained.checkpoint_tokenizer(folder, model.config.vocab_size)
     if tokenizer is None:
@@ -78,12 +78,6 @@ def export(config: ExportConfig, console: Console | None = None) -> Path:
         auto = "AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM"
         console.print(f"{auto}.from_pretrained('{out}') and AutoTokenizer.from_pretrained('{out}') load '{folder}' now")
     return out
-
-
-def _is_classifier(folder: Path) -> bool:
-    pretrained.read_config(folder)  # raises for a file that is broken
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return "GPT2ForSequenceClassification" in (config.get("architectures") or [])
 
 
 def _tokenizer_files(tokenizer: Tokenizer, block_size: int, template: Template | None, pads: bool) -> dict[str, bytes]:

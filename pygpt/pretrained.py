@@ -237,6 +237,19 @@ def resolve_checkpoint(path: str | Path) -> Path:
     raise MissingFileError(f"'{path}' holds neither a model (config.json) nor a checkpoint (checkpoints/step_*)")
 
 
+def is_classifier(folder: Path) -> bool:
+    """Whether a model folder says that it holds a classifier."""
+    read_config(folder)  # raises for a file that is broken
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return "GPT2ForSequenceClassification" in (config.get("architectures") or [])
+
+
+def refuse_classifier(folder: Path, instead: str) -> None:
+    """Raise InputError for a classifier, whose transformer no longer predicts the next token. instead: what to do."""
+    if is_classifier(folder):
+        raise InputError(f"'{folder}' is a classifier, which predicts labels and not the next token: {instead}")
+
+
 def checkpoint_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
     """The tokenizer of a model folder. One without its file that has GPT-2's vocabulary, padded or not, is taken for
     GPT-2's, as downloaded from Hugging Face; for any other None is returned."""

@@ -117,6 +117,14 @@ def test_accuracy_and_macro_f1_are_those_of_transformers_and_scikit_learn(tmp_pa
     assert f"1 more left out: empty text; 1 more left out: empty label; {truncated} of them longer than" in out
 
 
+@pytest.mark.parametrize("option", ["text", "choices", "data"])
+def test_a_classifier_has_no_perplexity(tmp_path, classifier, capsys, option):
+    assert main(["eval", str(tmp_path / "run"), f"--{option}", str(tmp_path)]) == 2
+    assert "is a classifier, which predicts labels and not the next token: give --labelled" in capsys.readouterr().err
+    assert main(["generate", str(tmp_path / "run"), "--prompt", "a"]) == 2
+    assert "try pygpt classify" in capsys.readouterr().err
+
+
 def test_columns_by_name(tmp_path, classifier):
     rows = [{"body": text, "class": label} for label, text in ROWS]
     (tmp_path / "rows.dat").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")

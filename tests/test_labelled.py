@@ -79,6 +79,7 @@ HEADED = "id\tMessage\tClass\n1\tone\tA\n2\ttwo\tB\n"
         (HEADED, {"text_column": "1", "label_column": "2", "header": True}, [("one", "A"), ("two", "B")]),
         ("one\tA\n", {"text_column": 0, "label_column": "1"}, [("one", "A")]),
         ("label\tbody\nA\tone\n", {"text_column": "body"}, [("one", "A")]),
+        ("A\tone\nB\tone\n", {"text_column": 1, "label_column": 0}, [("one", "A"), ("one", "B")]),
     ],
 )
 def test_which_column_is_which(tmp_path, content, options, expected):
@@ -112,6 +113,7 @@ def test_which_column_is_which(tmp_path, content, options, expected):
         ("a.tsv", "", {}, "no labelled text"),
         ("a.tsv", "\n  \n", {}, "no labelled text"),
         ("a.tsv", "ham\t \n", {}, "no labelled text"),
+        ("a.csv", "one,ham\ntwo,ham\nthree,spam\n", {}, "3 different labels for 2.*--text-column 0 --label-column 1"),
         ("a.xlsx", "", {}, "does not tell its format: give --format one of tsv, csv, jsonl"),
         ("a.tsv", "", {"format": "parquet"}, "'parquet' is no format"),
     ],

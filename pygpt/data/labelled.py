@@ -54,7 +54,8 @@ def read_labelled(
 
     format: tsv (tabs; quotes mean nothing), csv (commas; quotes as in RFC 4180) or jsonl; by default the file's ending
     decides. Raises MissingFileError for no such file, InputError for a column that is not there, a row that has more or
-    fewer fields than the first, or broken JSON, with the line's number.
+    fewer fields than the first, or broken JSON, with the line's number; and for more labels than texts in a file whose
+    columns are not told, where the two are most likely the other way round.
     """
     path = Path(path)
     kind = _format(path, format, ("tsv", "csv", "jsonl"))
@@ -68,6 +69,12 @@ def read_labelled(
         found.lines.append(line)
     if not found.texts:
         raise InputError(f"'{path}' has no labelled text")
+    different_texts, different_labels = len(set(found.texts)), len(set(found.labels))
+    if kind != "jsonl" and text_column is None and label_column is None and different_labels > different_texts:
+        raise InputError(
+            f"'{path}' has {different_labels:,} different labels for {different_texts:,} different texts: is the text in "
+            f"its first column? Say so with --text-column 0 --label-column 1 (and --header True if it has a header)"
+        )
     return found
 
 

@@ -25,7 +25,7 @@ from pygpt.data import load_tokens, sequential_windows
 from pygpt.data.labelled import encode_text, read_labelled
 from pygpt.errors import InputError, MissingFileError
 from pygpt.model import GPT
-from pygpt.pretrained import checkpoint_tokenizer, resolve_checkpoint
+from pygpt.pretrained import checkpoint_tokenizer, refuse_classifier, resolve_checkpoint
 from pygpt.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from pygpt.train.checkpoint import check_vocabulary
 from pygpt.train.multiple_choice import MultipleChoice, answer, read_questions
@@ -114,6 +114,7 @@ def evaluate(
     if config.labelled is not None:
         return _evaluate_labelled(config, config.labelled, device)
     folder = resolve_checkpoint(config.run)
+    refuse_classifier(folder, "give --labelled FILE")
     model = GPT.from_pretrained(folder).to(device).eval()
     tokenizer = checkpoint_tokenizer(folder, model.config.vocab_size)
     if config.choices is not None:
