@@ -16,12 +16,15 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import math
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -34,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -77,6 +81,7 @@ class Bench:
         stop = time.monotonic() + seconds
         while len(times) < 5 or (time.monotonic() < stop and len(times) < 200):
             marks = []
+            torch.cuda._sleep(2_000_000)  # about a millisecond, in which the host gets ahead: no launch is waited for
             for _ in range(5):
                 self.flush.zero_()
                 start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -103,8 +108,9 @@ class Bench:
         if time.monotonic() > self.deadline:
             self.put(entry | {"problem": "not measured: out of time"})
             return
-        self.put(entry | {"problem": f"the process crashed here, or hung for {ROW_SECONDS} s"})
-        faulthandler.dump_traceback_later(ROW_SECONDS, exit=True)
+        limit = min(ROW_SECONDS, math.ceil(self.deadline - time.monotonic()) + 30)
+        self.put(entry | {"problem": f"the process crashed here, or hung for {limit} s"})
+        faulthandler.dump_traceback_later(limit, exit=True)
         broken = False
         try:
             entry |= self.measure(who, make, unit, work, memory)
@@ -153,13 +159,24 @@ def ours() -> list[str]:
     return [name for name in ("cuda", "triton") if backends.ready(name)] or ["eager"]
 
 
-def backward(output: Tensor, inputs: list[Tensor]) -> Call:
-    grad = torch.randn_like(output)
-    return lambda: torch.autograd.grad(output, inputs, grad, retain_graph=True)
+def backward(outputs: Tensor | tuple[Tensor, ...], inputs: list[Tensor]) -> Call:
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    grads = [torch.randn_like(output) for output in outputs]
+    return lambda: torch.autograd.grad(outputs, inputs, grads, retain_graph=True)
+
+
+def forward_and_backward(run: Call, inputs: list[Tensor]) -> Call:
+    grad = torch.randn_like(run())
+    return lambda: torch.autograd.grad(run(), inputs, grad)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
+
+
+def liger(module: str, function: str) -> Callable[..., Any]:
+    """Imported within a row: where Liger-Kernel is broken, that row alone is."""
+    return getattr(importlib.import_module(f"liger_kernel.ops.{module}"), function).apply
 
 
 def copy(bench: Bench) -> None:
@@ -197,9 +214,9 @@ def attention_peers(T: int, device: torch.device) -> dict[str, Callable[[Tensor,
         peers["eager"] = lambda q, k, v: naive_attention(*(x.transpose(1, 2) for x in (q, k, v)))
     if T in (64, 1024, 4096):  # compiling takes most of the time that there is
         peers["torch.compile"] = compiled(peers["eager"])
-        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=device)
+        mask = functools.cache(lambda: create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=device))
         flex = compiled(flex_attention)
-        peers["FlexAttention"] = lambda q, k, v: flex(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask)
+        peers["FlexAttention"] = lambda q, k, v: flex(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask())
     if importlib.util.find_spec("flash_attn"):
         peers["flash-attn"] = lambda q, k, v: importlib.import_module("flash_attn").flash_attn_func(
             q, k, v, causal=True
@@ -231,53 +248,63 @@ def attention(bench: Bench) -> None:
 # --- ops that memory bounds --------------------------------------------------------------------------------------
 
 
+def passes(
+    bench: Bench, op: str, case: str, runs: dict[str, Call], inputs: list[Tensor], forward: int, back: int
+) -> None:
+    """Rows for the passes of each of `runs`, which move `forward` and `back` bytes."""
+    for name, run in runs.items():
+        bench.row(f"{op} forward", case, name, lambda run=run: torch.no_grad()(run), "GB/s", forward)
+        bench.row(f"{op} backward", case, name, lambda run=run: backward(run(), inputs), "GB/s", back)
+        if op == "layer_norm":
+            both = lambda run=run: forward_and_backward(run, inputs)  # noqa: E731
+            bench.row(f"{op} both", case, name, both, "GB/s", forward + back)
+
+
 def layer_norm(bench: Bench) -> None:
     for C, rows, dtype in ((768, 32768, torch.bfloat16), (1024, 4096, torch.float32), (1600, 16384, torch.bfloat16),
                            (4096, 8192, torch.bfloat16), (12288, 4096, torch.bfloat16)):  # fmt: skip
         bench.turn()
         rows = 8 if bench.smoke else rows
         x = torch.randn(rows, C, dtype=dtype, device=bench.device, requires_grad=True)
+        residual = torch.randn_like(x, requires_grad=True)
         weight = torch.ones(C, dtype=dtype, device=bench.device, requires_grad=True)
         bias = torch.zeros(C, dtype=dtype, device=bench.device, requires_grad=True)
-        runs = {f"pygpt {name}": (lambda: ops.layer_norm(x, weight, bias)) for name in ours()}
+        case = f"{rows} x {C} {str(dtype)[6:]}"
+        runs: dict[str, Call] = {f"pygpt {name}": (lambda: ops.layer_norm(x, weight, bias)) for name in ours()}
         runs["eager"] = lambda: F.layer_norm(x, (C,), weight, bias)
         runs["torch.compile"] = compiled(runs["eager"])
         if importlib.util.find_spec("liger_kernel"):
-            liger = importlib.import_module("liger_kernel.ops.layer_norm").LigerLayerNormFunction
-            runs["Liger"] = lambda: liger.apply(x, weight, bias, 1e-5)
-        inputs = [x, weight, bias]
-        for name, run in runs.items():
-            case = f"{rows} x {C} {str(dtype)[6:]}"
-            bench.row("layer_norm forward", case, name, lambda run=run: torch.no_grad()(run), "GB/s", 2 * x.nbytes)
-            bench.row("layer_norm backward", case, name, lambda run=run: backward(run(), inputs), "GB/s", 3 * x.nbytes)
-            full = lambda run=run: lambda: torch.autograd.grad(run().sum(), inputs)  # noqa: E731
-            bench.row("layer_norm both", case, name, full, "GB/s", 5 * x.nbytes)
+            runs["Liger"] = lambda: liger("layer_norm", "LigerLayerNormFunction")(x, weight, bias, 1e-5)
+        passes(bench, "layer_norm", case, runs, [x, weight, bias], 2 * x.nbytes, 3 * x.nbytes)
+
+        def add() -> tuple[Tensor, Tensor]:
+            total = x + residual
+            return F.layer_norm(total, (C,), weight, bias), total
+
+        runs = {f"pygpt {name}": (lambda: ops.add_layer_norm(x, residual, weight, bias)) for name in ours()}
+        runs |= {"eager": add, "torch.compile": compiled(add)}
+        passes(bench, "add_layer_norm", case, runs, [x, residual, weight, bias], 4 * x.nbytes, 4 * x.nbytes)
 
 
 def embedding(bench: Bench) -> None:
-    V, C, B, T = (100, 64, 2, 16) if bench.smoke else (50257, 768, 16, 1024)
+    V, B, T = (100, 2, 16) if bench.smoke else (50257, 16, 1024)
     uniform = torch.randint(V, (B, T), device=bench.device)
     zipf = (V ** torch.rand(B, T, device=bench.device)).long().clamp(max=V) - 1  # P(rank) about 1 / rank
-    for dtype in (torch.bfloat16, torch.float32):
+    for C, dtype in ((768, torch.bfloat16), (768, torch.float32), (1600, torch.bfloat16), (4096, torch.bfloat16),
+                     (12288, torch.bfloat16)):  # fmt: skip
         wte = torch.randn(V, C, dtype=dtype, device=bench.device, requires_grad=True)
         wpe = torch.randn(T, C, dtype=dtype, device=bench.device, requires_grad=True)
         bench.turn()
-        for ids, idx in (("uniform", uniform), ("Zipf", zipf)):
-            runs = {f"pygpt {name}": (lambda idx=idx: ops.embedding(idx, wte, wpe)) for name in ours()}
+        for ids, idx in (("uniform", uniform), ("Zipf", zipf)) if C == 768 else (("uniform", uniform),):
+            runs: dict[str, Call] = {f"pygpt {name}": lambda idx=idx: ops.embedding(idx, wte, wpe) for name in ours()}
             runs["eager"] = lambda idx=idx: F.embedding(idx, wte) + wpe[:T]
             runs["torch.compile"] = compiled(runs["eager"])
+            if importlib.util.find_spec("liger_kernel"):
+                gather = "LigerEmbeddingFunction"
+                runs["Liger"] = lambda idx=idx: liger("experimental.embedding", gather)(wte, idx) + wpe[:T]
             moved = B * T * C * wte.element_size()
-            for name, run in runs.items():
-                case = f"{B * T} tokens {ids} {str(dtype)[6:]}"
-                bench.row("embedding forward", case, name, lambda run=run: torch.no_grad()(run), "GB/s", 2 * moved)
-                bench.row(
-                    "embedding backward",
-                    case,
-                    name,
-                    lambda run=run: backward(run(), [wte, wpe]),
-                    "GB/s",
-                    moved + wte.nbytes,
-                )
+            case = f"{B * T} tokens x {C} {ids} {str(dtype)[6:]}"
+            passes(bench, "embedding", case, runs, [wte, wpe], 2 * moved, moved + wte.nbytes)
 
 
 def linear_cross_entropy(bench: Bench) -> None:
@@ -294,24 +321,23 @@ def linear_cross_entropy(bench: Bench) -> None:
         runs = {f"pygpt {name}": (lambda: ops.linear_cross_entropy(hidden, weight, targets)) for name in ours()}
         runs |= {"eager": eager, "torch.compile": compiled(eager)}
         if importlib.util.find_spec("liger_kernel"):
-            module = importlib.import_module("liger_kernel.ops.fused_linear_cross_entropy")
-            runs["Liger"] = lambda: module.LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, targets)[0]
+            fused = "LigerFusedLinearCrossEntropyFunction"
+            runs["Liger"] = lambda: liger("fused_linear_cross_entropy", fused)(hidden, weight, targets)[0]
         for name, run in runs.items():
             both = lambda run=run: lambda: torch.autograd.grad(run(), [hidden, weight])  # noqa: E731
             bench.row("linear_cross_entropy both", f"{N} tokens", name, both, "TFLOP/s", 6 * N * C * V, memory=True)
 
 
 def gelu(bench: Bench) -> None:
-    rows, C = (8, 32) if bench.smoke else (16384, 3072)
-    bench.turn()
-    x = torch.randn(rows, C, dtype=torch.bfloat16, device=bench.device, requires_grad=True)
-    runs = {f"pygpt {name}": (lambda: ops.gelu(x)) for name in ours()}
-    runs["eager"] = lambda: F.gelu(x, approximate="tanh")
-    runs["torch.compile"] = compiled(runs["eager"])
-    for name, run in runs.items():
-        case = f"{rows} x {C} bfloat16"
-        bench.row("gelu forward", case, name, lambda run=run: torch.no_grad()(run), "GB/s", 2 * x.nbytes)
-        bench.row("gelu backward", case, name, lambda run=run: backward(run(), [x]), "GB/s", 3 * x.nbytes)
+    for C, rows in ((768, 32768), (1600, 16384), (3072, 16384), (4096, 8192), (12288, 4096)):
+        bench.turn()
+        rows = 8 if bench.smoke else rows
+        x = torch.randn(rows, C, dtype=torch.bfloat16, device=bench.device, requires_grad=True)
+        bias = torch.randn(C, dtype=torch.bfloat16, device=bench.device, requires_grad=True)
+        runs: dict[str, Call] = {f"pygpt {name}": (lambda: ops.gelu(x, bias)) for name in ours()}
+        runs["eager"] = lambda: F.gelu(x + bias, approximate="tanh")
+        runs["torch.compile"] = compiled(runs["eager"])
+        passes(bench, "bias_gelu", f"{rows} x {C} bfloat16", runs, [x, bias], 2 * x.nbytes, 3 * x.nbytes)
 
 
 def adamw(bench: Bench) -> None:
@@ -413,15 +439,18 @@ def gpt2(bench: Bench) -> None:
 
 def versions(device: torch.device) -> dict[str, str]:
     found = {"python": platform.python_version(), "torch": torch.__version__, "pygpt": pygpt.__version__}
+    packages = importlib.metadata.packages_distributions()  # Triton comes under several names
     for module in ("triton", "transformers", "liger_kernel", "flash_attn"):
-        if importlib.util.find_spec(module):
-            found[module] = importlib.import_module("importlib.metadata").version(module.replace("_", "-"))
+        if module in packages:
+            found[module] = importlib.metadata.version(packages[module][0])
     if device.type == "cuda":
         found["device"] = torch.cuda.get_device_name()
         found["cuda"] = str(torch.version.cuda)
         query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
-        answer = subprocess.run(query, capture_output=True, text=True)
-        found["driver, clock, power"] = answer.stdout.strip().split("\n")[0] or "nvidia-smi did not answer"
+        found["driver, clock, power"] = "nvidia-smi is not there"
+        if shutil.which(query[0]):
+            answer = subprocess.run(query, capture_output=True, text=True)
+            found["driver, clock, power"] = answer.stdout.strip().split("\n")[0] or "nvidia-smi did not answer"
     return found
 
 
@@ -447,6 +476,7 @@ SECTIONS = (copy, gpt2, attention, linear_cross_entropy, layer_norm, embedding, 
 def measure(bench: Bench, only: list[str]) -> None:
     """The work of the process that measures: every section, from row number bench.skip on."""
     torch.manual_seed(0)
+    torch._functorch.config.donated_buffer = False  # compiled backward passes may run again on the graph that they have
     failed = []
     for section in SECTIONS:
         if section is not copy and only and section.__name__ not in only:

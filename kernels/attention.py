@@ -5,7 +5,9 @@ see, with a running maximum and sum; blocks above the diagonal are skipped and o
 recomputes the probabilities from the log-sum-exp, once by query blocks (grad_q) and once by key blocks (grad_k,
 grad_v), so that each gradient has a single writer: no atomics, same inputs, same bits. Long rows start first, so that
 short ones fill the tail; heads go in sections whose keys and values fit the second-level cache. With few queries and
-many keys (decoding) the keys are split among programs, and a second kernel combines the shares.
+many keys (decoding) the keys are split among programs, and a second kernel combines the shares. A float32 head too wide
+for the registers goes to several programs: each writes a part of its columns, and computes the scores, over all of them,
+anew.
 
 Dropout is counter-based: whether element (b, h, i, j) is kept depends on the seed and on its place alone, so that
 every pass, tile shape and backend drops the same ones. See `_keep`.
@@ -63,6 +65,7 @@ FORWARD = (
     Row(32, 128, 16, 80, None, Config(16, 32, 4, 1)),
     Row(32, 64, MANY, 80, None, Config(32, 32, 4, 1)),
     Row(32, 128, MANY, 80, None, Config(32, 32, 8, 1)),
+    Row(32, 256, MANY, 80, None, Config(32, 32, 8, 1)),
 )
 GRAD_Q = (  # the kernel that owns query blocks in backward
     Row(16, 64, MANY, 90, False, Config(128, 64, 8, 2, 128)),
@@ -73,6 +76,7 @@ GRAD_Q = (  # the kernel that owns query blocks in backward
     Row(16, 256, MANY, 80, None, Config(32, 64, 8, 1)),
     Row(32, 64, MANY, 80, None, Config(32, 32, 8, 1)),
     Row(32, 128, MANY, 80, None, Config(16, 32, 4, 1)),
+    Row(32, 256, MANY, 80, None, Config(32, 32, 8, 1)),
 )
 GRAD_KV = (  # the kernel that owns key blocks in backward
     Row(16, 64, MANY, 90, None, Config(64, 128, 8, 2)),
@@ -84,6 +88,7 @@ GRAD_KV = (  # the kernel that owns key blocks in backward
     Row(16, 256, MANY, 80, None, Config(32, 32, 8, 1)),
     Row(32, 64, MANY, 80, None, Config(32, 32, 8, 1)),
     Row(32, 128, MANY, 80, None, Config(32, 16, 8, 1)),
+    Row(32, 256, MANY, 80, None, Config(32, 16, 4, 1)),
 )
 
 
@@ -138,19 +143,42 @@ def _program(sections, heads, blocks):
 
 
 @triton.jit
-def _tile(
-    pointer, first, rows, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr
-):
-    """Rows first .. first + BLOCK of a (rows, D) matrix, zero outside of it."""
-    d = tl.arange(0, BLOCK_D)
+def _tile(matrix, first, column, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """BLOCK x BLOCK_D values from (first, column) on of a matrix, (pointer, rows, stride), of D columns; zero outside."""
+    pointer, rows, stride = matrix
+    d = column + tl.arange(0, BLOCK_D)
     row = tl.arange(0, BLOCK)
     # 64 bits for the tile's start alone: offsets within a tile are small, and the same for every tile of a loop.
     at = pointer + tl.cast(first, tl.int64) * stride + (row[:, None] * stride + d[None, :])
     if MASKED:
         return tl.load(at, mask=(row < rows - first)[:, None] & (d < D)[None, :], other=0.0)
-    if D != BLOCK_D:
+    if D % BLOCK_D != 0:
         return tl.load(at, mask=(d < D)[None, :], other=0.0)
     return tl.load(at)
+
+
+@triton.jit
+def _first_column(D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The first of the head's columns that this program writes: heads wider than a tile go to several programs, which
+    all write the same statistics."""
+    if D <= BLOCK_D:
+        return 0
+    return tl.program_id(2) * BLOCK_D
+
+
+@triton.jit
+def _product(
+    a, b, a_matrix, b_matrix, a_first, b_first, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr
+):
+    """a b' of two tiles; where these hold a part of the head's columns, over all of them, read again from the cache."""
+    if D <= BLOCK_D:
+        return tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    product = tl.zeros([a.shape[0], b.shape[0]], tl.float32)
+    for column in range(0, D, BLOCK_D):
+        a_part = _tile(a_matrix, a_first, column, D, BLOCK_D, a.shape[0], True)
+        b_part = _tile(b_matrix, b_first, column, D, BLOCK_D, b.shape[0], True)
+        product = tl.dot(a_part, tl.trans(b_part), product, input_precision=PRECISION)
+    return product
 
 
 @triton.jit
@@ -162,7 +190,7 @@ def _first_key(document_ptr, row, T, shift):
 
 @triton.jit
 def _walk_keys(
-    acc, total, top, q, k_ptr, v_ptr, stride_k, stride_v, row, document, low, high, shift, S, scale,
+    acc, total, top, q, queries, keys, values, first, column, row, document, low, high, shift, scale,
     seed_ptr, threshold, head,
     D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, SPARSE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -170,8 +198,8 @@ def _walk_keys(
     """Takes keys [low, high) into the running (acc, total, top). SPARSE: a row may see none of a block."""
     for start in range(low, high, KEYS):
         key = start + tl.arange(0, KEYS)
-        k = _tile(k_ptr, start, S, stride_k, D, BLOCK_D, KEYS, MASKED)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        k = _tile(keys, start, column, D, BLOCK_D, KEYS, MASKED)
+        scores = _product(q, k, queries, keys, first, start, D, BLOCK_D, PRECISION)
         if MASKED:
             seen = key[None, :] <= row[:, None] + shift
             if document is not None:
@@ -187,7 +215,7 @@ def _walk_keys(
         acc = acc * decay[:, None]
         if seed_ptr is not None:
             p = tl.where(_keep(seed_ptr, threshold, head, row, start, KEYS), p, 0.0)
-        v = _tile(v_ptr, start, S, stride_v, D, BLOCK_D, KEYS, MASKED)
+        v = _tile(values, start, column, D, BLOCK_D, KEYS, MASKED)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         top = new_top
     return acc, total, top
@@ -207,9 +235,11 @@ def _attention_forward_kernel(
     b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
     row = first + tl.arange(0, QUERIES)
     shift = S - T
-    q = _tile(q_ptr + b * q_b + h * q_h, first, T, q_t, D, BLOCK_D, QUERIES, True)
-    k_ptr += b * k_b + h * k_h
-    v_ptr += b * v_b + h * v_h
+    column = _first_column(D, BLOCK_D)
+    queries = (q_ptr + (b * q_b + h * q_h), T, q_t)
+    keys = (k_ptr + (b * k_b + h * k_h), S, k_t)
+    values = (v_ptr + (b * v_b + h * v_h), S, v_t)
+    q = _tile(queries, first, column, D, BLOCK_D, QUERIES, True)
 
     low = 0
     high = tl.minimum(first + QUERIES, T) + shift
@@ -232,17 +262,17 @@ def _attention_forward_kernel(
     top = tl.full([QUERIES], float("-inf"), tl.float32)
     if document_ptr is None:
         acc, total, top = _walk_keys(
-            acc, total, top, q, k_ptr, v_ptr, k_t, v_t, row, None, low, diagonal, shift, S, scale,
+            acc, total, top, q, queries, keys, values, first, column, row, None, low, diagonal, shift, scale,
             seed_ptr, threshold, head, D, BLOCK_D, KEYS, False, False, PRECISION,
         )  # fmt: skip
     acc, total, top = _walk_keys(
-        acc, total, top, q, k_ptr, v_ptr, k_t, v_t, row, document, tl.maximum(low, diagonal), high, shift, S, scale,
-        seed_ptr, threshold, head, D, BLOCK_D, KEYS, True, SPARSE, PRECISION,
+        acc, total, top, q, queries, keys, values, first, column, row, document, tl.maximum(low, diagonal), high, shift,
+        scale, seed_ptr, threshold, head, D, BLOCK_D, KEYS, True, SPARSE, PRECISION,
     )  # fmt: skip
 
     acc = acc * (keep_scale / tl.where(total == 0.0, 1.0, total))[:, None]
     lse = (top + tl.math.log2(total)) * LN_2
-    d = tl.arange(0, BLOCK_D)
+    d = column + tl.arange(0, BLOCK_D)
     out_row = ((split * B + b) * T + row.to(tl.int64)) * H + h
     tl.store(out_ptr + out_row[:, None] * D + d[None, :], acc.to(out_ptr.dtype.element_ty),
              mask=(row < T)[:, None] & (d < D)[None, :])  # fmt: skip
@@ -279,21 +309,22 @@ def _combine_kernel(
 
 @triton.jit
 def _grad_q_blocks(
-    acc, q, grad, lse, delta, k_ptr, v_ptr, stride_k, stride_v, row, document, low, high, shift, S, scale,
+    acc, q, grad, lse, delta, queries, keys, values, grads, first, column, row, document, low, high, shift, scale,
     seed_ptr, threshold, keep_scale, head,
     D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     for start in range(low, high, KEYS):
         key = start + tl.arange(0, KEYS)
-        k = _tile(k_ptr, start, S, stride_k, D, BLOCK_D, KEYS, MASKED)
-        v = _tile(v_ptr, start, S, stride_v, D, BLOCK_D, KEYS, MASKED)
-        p = tl.math.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse[:, None])
+        k = _tile(keys, start, column, D, BLOCK_D, KEYS, MASKED)
+        v = _tile(values, start, column, D, BLOCK_D, KEYS, MASKED)
+        scores = _product(q, k, queries, keys, first, start, D, BLOCK_D, PRECISION)
+        p = tl.math.exp2(scores * scale - lse[:, None])
         if MASKED:
             seen = key[None, :] <= row[:, None] + shift
             if document is not None:
                 seen = seen & (key[None, :] >= document[:, None])
             p = tl.where(seen, p, 0.0)
-        grad_p = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        grad_p = _product(grad, v, grads, values, first, start, D, BLOCK_D, PRECISION)
         if seed_ptr is not None:
             grad_p = tl.where(_keep(seed_ptr, threshold, head, row, start, KEYS), grad_p * keep_scale, 0.0)
         grad_scores = p * (grad_p - delta[:, None])
@@ -315,15 +346,21 @@ def _attention_grad_q_kernel(
     b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
     row = first + tl.arange(0, QUERIES)
     shift = S - T
-    q = _tile(q_ptr + b * q_b + h * q_h, first, T, q_t, D, BLOCK_D, QUERIES, True)
-    grad = _tile(grad_ptr + b * g_b + h * g_h, first, T, g_t, D, BLOCK_D, QUERIES, True)
-    out = _tile(out_ptr + b * o_b + h * o_h, first, T, o_t, D, BLOCK_D, QUERIES, True)
+    column = _first_column(D, BLOCK_D)
+    queries = (q_ptr + (b * q_b + h * q_h), T, q_t)
+    keys = (k_ptr + (b * k_b + h * k_h), S, k_t)
+    values = (v_ptr + (b * v_b + h * v_h), S, v_t)
+    grads = (grad_ptr + (b * g_b + h * g_h), T, g_t)
+    outs = (out_ptr + (b * o_b + h * o_h), T, o_t)
+    q = _tile(queries, first, column, D, BLOCK_D, QUERIES, True)
+    grad = _tile(grads, first, column, D, BLOCK_D, QUERIES, True)
     at = head.to(tl.int64) * T + row
-    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), axis=1)
+    delta = tl.zeros([QUERIES], tl.float32)
+    for part in tl.static_range(0, D, BLOCK_D):
+        out = _tile(outs, first, part, D, BLOCK_D, QUERIES, True).to(tl.float32)
+        delta += tl.sum(out * _tile(grads, first, part, D, BLOCK_D, QUERIES, True).to(tl.float32), axis=1)
     tl.store(delta_ptr + at, delta, mask=row < T)
     lse = tl.load(lse_ptr + at, mask=row < T, other=0.0) * LOG2_E
-    k_ptr += b * k_b + h * k_h
-    v_ptr += b * v_b + h * v_h
 
     high = tl.minimum(first + QUERIES, T) + shift
     diagonal = (first + shift + 1) // KEYS * KEYS
@@ -334,14 +371,14 @@ def _attention_grad_q_kernel(
     acc = tl.zeros([QUERIES, BLOCK_D], tl.float32)
     if document_ptr is None:
         acc = _grad_q_blocks(
-            acc, q, grad, lse, delta, k_ptr, v_ptr, k_t, v_t, row, None, 0, diagonal, shift, S, scale,
+            acc, q, grad, lse, delta, queries, keys, values, grads, first, column, row, None, 0, diagonal, shift, scale,
             seed_ptr, threshold, keep_scale, head, D, BLOCK_D, KEYS, False, PRECISION,
         )  # fmt: skip
     acc = _grad_q_blocks(
-        acc, q, grad, lse, delta, k_ptr, v_ptr, k_t, v_t, row, document, diagonal, high, shift, S, scale,
+        acc, q, grad, lse, delta, queries, keys, values, grads, first, column, row, document, diagonal, high, shift, scale,
         seed_ptr, threshold, keep_scale, head, D, BLOCK_D, KEYS, True, PRECISION,
     )  # fmt: skip
-    d = tl.arange(0, BLOCK_D)
+    d = column + tl.arange(0, BLOCK_D)
     out_row = (b * T + row.to(tl.int64)) * H + h
     tl.store(grad_q_ptr + out_row[:, None] * D + d[None, :], (acc * (scale * LN_2)).to(grad_q_ptr.dtype.element_ty),
              mask=(row < T)[:, None] & (d < D)[None, :])  # fmt: skip
@@ -349,25 +386,26 @@ def _attention_grad_q_kernel(
 
 @triton.jit
 def _grad_kv_blocks(
-    grad_k, grad_v, k, v, q_ptr, grad_ptr, lse_ptr, delta_ptr, document_ptr, stride_q, stride_g, key, first_key,
+    grad_k, grad_v, k, v, queries, keys, values, grads, lse_ptr, delta_ptr, document_ptr, key, first_key, column,
     low, high, shift, T, scale, seed_ptr, threshold, keep_scale, head,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Queries [low, high). Scores are transposed, (keys, queries), so that their products need no other transpose."""
     for start in range(low, high, QUERIES):
         row = start + tl.arange(0, QUERIES)
-        q = _tile(q_ptr, start, T, stride_q, D, BLOCK_D, QUERIES, True)
+        q = _tile(queries, start, column, D, BLOCK_D, QUERIES, True)
         lse = tl.load(lse_ptr + row, mask=row < T, other=0.0) * LOG2_E
-        p = tl.math.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - lse[None, :])
+        scores = _product(k, q, keys, queries, first_key, start, D, BLOCK_D, PRECISION)
+        p = tl.math.exp2(scores * scale - lse[None, :])
         if MASKED:
             seen = key[:, None] <= row[None, :] + shift
             if document_ptr is not None:
                 document = _first_key(document_ptr, row, T, shift)
                 seen = seen & (key[:, None] >= document[None, :])
             p = tl.where(seen, p, 0.0)
-        grad = _tile(grad_ptr, start, T, stride_g, D, BLOCK_D, QUERIES, True)
+        grad = _tile(grads, start, column, D, BLOCK_D, QUERIES, True)
         delta = tl.load(delta_ptr + row, mask=row < T, other=0.0)
-        grad_p = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+        grad_p = _product(v, grad, values, grads, first_key, start, D, BLOCK_D, PRECISION)
         kept_p = p
         if seed_ptr is not None:
             keep = tl.trans(_keep(seed_ptr, threshold, head, row, first_key, key.shape[0]))
@@ -391,10 +429,13 @@ def _attention_grad_kv_kernel(
     b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
     key = first + tl.arange(0, KEYS)
     shift = S - T
-    k = _tile(k_ptr + b * k_b + h * k_h, first, S, k_t, D, BLOCK_D, KEYS, True)
-    v = _tile(v_ptr + b * v_b + h * v_h, first, S, v_t, D, BLOCK_D, KEYS, True)
-    q_ptr += b * q_b + h * q_h
-    grad_ptr += b * g_b + h * g_h
+    column = _first_column(D, BLOCK_D)
+    queries = (q_ptr + (b * q_b + h * q_h), T, q_t)
+    keys = (k_ptr + (b * k_b + h * k_h), S, k_t)
+    values = (v_ptr + (b * v_b + h * v_h), S, v_t)
+    grads = (grad_ptr + (b * g_b + h * g_h), T, g_t)
+    k = _tile(keys, first, column, D, BLOCK_D, KEYS, True)
+    v = _tile(values, first, column, D, BLOCK_D, KEYS, True)
     lse_ptr += head.to(tl.int64) * T
     delta_ptr += head.to(tl.int64) * T
 
@@ -415,17 +456,17 @@ def _attention_grad_kv_kernel(
     grad_k = tl.zeros([KEYS, BLOCK_D], tl.float32)
     grad_v = tl.zeros([KEYS, BLOCK_D], tl.float32)
     grad_k, grad_v = _grad_kv_blocks(
-        grad_k, grad_v, k, v, q_ptr, grad_ptr, lse_ptr, delta_ptr, document_ptr, q_t, g_t, key, first, low,
+        grad_k, grad_v, k, v, queries, keys, values, grads, lse_ptr, delta_ptr, document_ptr, key, first, column, low,
         tl.minimum(diagonal, T), shift, T, scale, seed_ptr, threshold, keep_scale, head,
         D, BLOCK_D, QUERIES, True, PRECISION,
     )  # fmt: skip
     if document_ptr is None:
         grad_k, grad_v = _grad_kv_blocks(
-            grad_k, grad_v, k, v, q_ptr, grad_ptr, lse_ptr, delta_ptr, None, q_t, g_t, key, first, diagonal,
+            grad_k, grad_v, k, v, queries, keys, values, grads, lse_ptr, delta_ptr, None, key, first, column, diagonal,
             T, shift, T, scale, seed_ptr, threshold, keep_scale, head,
             D, BLOCK_D, QUERIES, False, PRECISION,
         )  # fmt: skip
-    d = tl.arange(0, BLOCK_D)
+    d = column + tl.arange(0, BLOCK_D)
     at = (((b * S + key.to(tl.int64)) * H + h) * D)[:, None] + d[None, :]
     inside = (key < S)[:, None] & (d < D)[None, :]
     tl.store(grad_k_ptr + at, (grad_k * (scale * LN_2)).to(grad_k_ptr.dtype.element_ty), mask=inside)
@@ -454,6 +495,12 @@ def _splits(q: Tensor, k: Tensor, tile: Config) -> int:
     return min(2 * multiprocessors(q) // programs, k.shape[1] // (2 * tile.keys))
 
 
+def _block_d(q: Tensor) -> int:
+    """Columns of a tile: the whole head, but of wide float32 heads, of which no tile fits the registers, a part."""
+    D = q.shape[3]
+    return 64 if q.dtype == torch.float32 and D > 128 else max(16, next_power_of_2(D))
+
+
 def _dropout(dropout_p: float) -> tuple[int, float]:
     """(threshold as the bits of an int32, 1 / (1 - p))."""
     threshold = min(int(dropout_p * 2**32), 2**32 - 1)
@@ -463,7 +510,7 @@ def _dropout(dropout_p: float) -> tuple[int, float]:
 def _shared_options(q: Tensor, tile: Config) -> dict[str, Any]:
     D = q.shape[3]
     options = dict(
-        D=D, BLOCK_D=max(16, next_power_of_2(D)), QUERIES=tile.queries, KEYS=tile.keys,
+        D=D, BLOCK_D=_block_d(q), QUERIES=tile.queries, KEYS=tile.keys,
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",  # float32 products as good as float32
         num_warps=tile.warps, num_stages=tile.stages, **FUSED,
     )  # fmt: skip
@@ -494,7 +541,7 @@ def causal_attention_forward(
     if splits > 1:
         into, into_lse = q.new_empty(splits, *out.shape, dtype=torch.float32), lse.new_empty(splits, *lse.shape)
     threshold, keep_scale = _dropout(dropout_p) if seed is not None else (0, 1.0)
-    _attention_forward_kernel[(B * H * cdiv(T, tile.queries), splits)](
+    _attention_forward_kernel[(B * H * cdiv(T, tile.queries), splits, cdiv(D, _block_d(q)))](
         q, k, v, into, into_lse, None if document_start is None else document_start.contiguous(), seed,
         *_strides(q, k, v), B, H, T, S, scale * LOG2_E.value, threshold, keep_scale, _section(q, k), keys_per_split,
         SPLIT=splits > 1, **_shared_options(q, tile),
@@ -523,12 +570,12 @@ def causal_attention_backward(
     threshold, keep_scale = _dropout(dropout_p) if seed is not None else (0, 1.0)
     numbers = (B, H, T, S, scale * LOG2_E.value, threshold, keep_scale, _section(q, k))
     tile = choose(GRAD_Q, q, seed is not None)
-    _attention_grad_q_kernel[(B * H * cdiv(T, tile.queries),)](
+    _attention_grad_q_kernel[(B * H * cdiv(T, tile.queries), 1, cdiv(D, _block_d(q)))](
         q, k, v, out, grad, lse, delta, grad_q, document_start, seed,
         *_strides(q, k, v, out, grad), *numbers, **_shared_options(q, tile),
     )  # fmt: skip
     tile = choose(GRAD_KV, q, seed is not None)
-    _attention_grad_kv_kernel[(B * H * cdiv(S, tile.keys),)](
+    _attention_grad_kv_kernel[(B * H * cdiv(S, tile.keys), 1, cdiv(D, _block_d(q)))](
         q, k, v, grad, lse, delta, grad_k, grad_v, document_start, seed,
         *_strides(q, k, v, grad), *numbers, **_shared_options(q, tile),
     )  # fmt: skip

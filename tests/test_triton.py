@@ -25,7 +25,6 @@ from common import (
 triton = pytest.importorskip("triton", reason="triton is not installed: the Triton kernels are not tested")
 
 from pygpt import kernels, ops  # noqa: E402
-from pygpt.errors import InputError  # noqa: E402
 from pygpt.kernels import attention as katt  # noqa: E402
 from pygpt.kernels import cross_entropy as kce  # noqa: E402
 from pygpt.kernels import embedding as kemb  # noqa: E402
@@ -250,6 +249,7 @@ ATTENTION_CASES = [
     *((shape, F32 if shape[4] < 64 else dtype) for shape, dtype in in_turn(ATTENTION_SHAPES)),
     ((1, 17, 17, 3, 5), F32), ((1, 200, 200, 1, 64), BF16), ((1, 131, 131, 1, 96), F16), ((1, 100, 100, 1, 128), F32),
     ((2, 5, 77, 1, 32), BF16), ((1, 40, 40, 1, 144), BF16), ((0, 4, 4, 2, 8), F32),
+    ((1, 40, 40, 1, 129), F32), ((1, 33, 50, 1, 200), F32), ((1, 2, 140, 1, 256), F32),
 ]  # fmt: skip
 
 
@@ -318,16 +318,11 @@ def test_attention_of_large_scores():
     assert_close(out, attention_reference(*(x.double() for x in (q, k, v)), 1.0)[0], F16)
 
 
-def test_wide_float32_heads_run_the_reference(monkeypatch):
-    monkeypatch.setattr(backends, "choose", lambda op, x: "triton")
-    q, k, v = qkv(1, 5, 5, 1, 160)
-    expected = attention_reference(*(x.double() for x in (q, k, v)), 160**-0.5)[0]
-    assert_close(ops.causal_attention(q, k, v), expected, F32)
-    monkeypatch.setattr(backends, "forced", lambda: "triton")
-    with pytest.raises(
-        InputError, match="backend 'triton' was asked for and serves head dimensions up to 128 in float32"
-    ):
-        ops.causal_attention(q, k, v)
+def test_attention_of_wide_float32_heads_with_documents_and_dropout():
+    starts = document_starts([[20, 1, 29], [50]]).to(DEVICE)
+    attention_case(*qkv(2, 50, 50, 1, 160), document=starts, dropout_p=0.2, seed=5)
+    packed = draw(1, 40, 3, 2, 192)
+    attention_case(*packed.unbind(2))
 
 
 @pytest.fixture

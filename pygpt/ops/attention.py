@@ -51,21 +51,16 @@ def causal_attention(
         scale = 1.0 / math.sqrt(q.shape[-1])
     seed = draw_seed(q.device) if dropout_p > 0.0 else None
     backend = backends.choose("causal_attention", q)
-    if backend != "eager" and q.shape[-1] > (largest := _largest_head(backend, q.dtype)):
+    if backend != "eager" and q.shape[-1] > MAX_HEAD_DIM:
         if backends.forced() == backend:
             raise InputError(
-                f"causal_attention: backend '{backend}' was asked for and serves head dimensions up to {largest} in "
+                f"causal_attention: backend '{backend}' was asked for and serves head dimensions up to {MAX_HEAD_DIM} in "
                 f"{str(q.dtype)[6:]}, got {q.shape[-1]}; use smaller heads, or drop use_backend / PYGPT_BACKEND"
             )
         backend = "eager"
     if backend == "eager":
         return causal_attention_reference(q, k, v, scale, dropout_p, seed, document_start)
     return _causal_attention(q, k, v, scale, dropout_p, seed, document_start)[0]
-
-
-def _largest_head(backend: str, dtype: torch.dtype) -> int:
-    # A tile of wider float32 heads, split in three for the tensor cores, overflows the registers of Triton's kernels.
-    return 128 if backend == "triton" and dtype == torch.float32 else MAX_HEAD_DIM
 
 
 def causal_attention_reference(
