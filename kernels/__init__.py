@@ -20,6 +20,7 @@ OPERATORS = {
         "layer_norm_forward", "layer_norm_backward", "add_layer_norm_forward", "add_layer_norm_backward",
     ),
     "gelu": ("gelu_forward", "gelu_backward", "bias_gelu_forward", "bias_gelu_backward"),
+    "cross_entropy": ("cross_entropy_rows_",),
     "attention": ("causal_attention_forward", "causal_attention_backward"),
 }  # fmt: skip
 
@@ -48,7 +49,8 @@ def serve(take: Collection[str] = ()) -> None:
         kernels = importlib.import_module(f"pygpt.kernels.{module}")
         for name in names:
             plain = name.removeprefix("bias_")
-            taken = any(plain in (f"{op}_forward", f"{op}_backward", f"{op}_backward_") for op in take)
+            ends = ("_forward", "_backward", "_backward_", "_rows_")
+            taken = any(plain == op.removeprefix("linear_") + end for op in take for end in ends)
             if taken or not torch._C._dispatch_has_kernel_for_dispatch_key(f"pygpt::{name}", "CUDA"):
                 library.impl(name, _on_device_of_first_argument(getattr(kernels, name)))
     _library = library

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 
 # Largest error allowed, relative to |reference| + its largest magnitude: a few roundings of the dtype.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -34,6 +37,9 @@ EMBEDDING_SHAPES = [  # B, T, V, C
     (1, 1, 1, 1), (2, 3, 5, 1), (3, 7, 11, 17), (2, 16, 65, 64), (1, 31, 300, 130), (4, 64, 50, 768), (0, 3, 5, 4),
     (2, 0, 5, 4), (2, 3, 5, 0),
 ]  # fmt: skip
+GELU_SHAPES = [(), (0,), (1,), (3, 5, 7), (16,), (2, 17), (300, 401)]
+CROSS_ENTROPY_SHAPES = [(1, 1, 1), (1, 8, 50), (37, 16, 101), (64, 32, 7)]  # N, C, V
+VOCABULARIES = [1, 15, 16, 1023, 1025, 5001]
 ATTENTION_SHAPES = [  # B, T, S, H, D
     (1, 1, 1, 1, 1), (2, 64, 64, 3, 64), (1, 65, 65, 2, 32), (1, 127, 127, 1, 128), (1, 130, 130, 1, 256),
     (2, 97, 97, 2, 7), (1, 67, 131, 2, 48), (2, 5, 70, 2, 33), (1, 1, 300, 2, 64), (2, 4, 513, 1, 40), (1, 3, 3, 1, 80),
@@ -69,6 +75,38 @@ def document_starts(rows: list[list[int]], queries: int | None = None) -> torch.
         starts.append(torch.repeat_interleave(ends - torch.tensor(lengths), torch.tensor(lengths)))
     whole = torch.stack(starts).int()
     return whole[:, whole.shape[1] - (whole.shape[1] if queries is None else queries) :]
+
+
+def adamw_shapes(block: int) -> list[tuple[int, ...]]:
+    """Tensors for a kernel that does `block` elements at a time."""
+    return [(3, 5), (), (0,), (block - 1,), (block,), (2, block), (0, 4), (block + 1,), (1,)]
+
+
+def cross_entropy_rows_case(
+    rows_: Callable[..., torch.Tensor], V: int, dtype: torch.dtype, device: str = "cpu"
+) -> None:
+    """Every length of a tail; a maximum in any block, at the target or not; masked, equal and huge logits; ignored rows."""
+    generator = torch.Generator().manual_seed(V)
+    logits = (torch.randn(9, V, generator=generator) * 5).to(dtype)
+    targets = torch.randint(V, (9,), generator=generator)
+    logits[1] = 3.0
+    logits[2] *= 1e30
+    logits[3, : V // 2] = -torch.inf  # masked
+    targets[3] = V - 1
+    logits[4] = torch.arange(V).to(dtype) / 50  # every block brings a new maximum
+    logits[5, targets[5]] = 200.0
+    targets[[0, 7]] = -100
+    exact = logits.double().requires_grad_()
+    expected = F.cross_entropy(exact, targets, reduction="none")
+    expected.sum().backward()
+    logits, targets = logits.to(device), targets.to(device)
+    kept = logits.clone()
+    losses = rows_(kept, targets, -100, None)
+    assert torch.equal(kept, logits)
+    assert_close(losses.cpu(), expected, torch.float32)
+    assert torch.equal(losses, rows_(logits, targets, -100, torch.tensor(0.125, device=device)))
+    assert_close(logits.cpu(), exact.grad / 8, dtype)
+    assert not logits[[0, 7]].any()
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, seed: int = 0) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import assert_close
+from common import adamw_shapes, assert_close
 from torch import nn
 
 from pygpt.errors import InputError
@@ -13,7 +13,7 @@ from pygpt.optim import AdamW, clip_factor
 
 F32, BF16 = torch.float32, torch.bfloat16
 BLOCK = 16384  # elements that the kernel does at a time
-SHAPES = [(3, 5), (), (0,), (BLOCK - 1,), (2, BLOCK), (0, 4), (BLOCK + 1,), (1,)]
+SHAPES = adamw_shapes(BLOCK)
 
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:

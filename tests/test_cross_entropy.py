@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from common import assert_close, double, leaf
+from common import CROSS_ENTROPY_SHAPES, VOCABULARIES, assert_close, cross_entropy_rows_case, double, leaf
 
 from pygpt import use_backend
 from pygpt.ops import backends, cross_entropy, linear_cross_entropy
@@ -21,7 +21,7 @@ def backend(request):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("N", "C", "V"), [(1, 1, 1), (1, 8, 50), (37, 16, 101), (64, 32, 7)])
+@pytest.mark.parametrize(("N", "C", "V"), CROSS_ENTROPY_SHAPES)
 @pytest.mark.parametrize("rows", [16, 1000])
 def test_matches_float64(monkeypatch, N, C, V, dtype, rows):
     monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", rows * 4 * V)
@@ -98,29 +98,9 @@ def test_bad_input():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("V", [1, 15, 16, 1023, 1025, 5001])
+@pytest.mark.parametrize("V", VOCABULARIES)
 def test_compiled_rows_match_float64(capability, V, dtype):
-    """Every length of a tail; a maximum in any block, at the target or not; masked, equal and huge logits; ignored rows."""
-    generator = torch.Generator().manual_seed(V)
-    logits = (torch.randn(9, V, generator=generator) * 5).to(dtype)
-    targets = torch.randint(V, (9,), generator=generator)
-    logits[1] = 3.0
-    logits[2] *= 1e30
-    logits[3, : V // 2] = -torch.inf  # masked
-    targets[3] = V - 1
-    logits[4] = torch.arange(V).to(dtype) / 50  # every block brings a new maximum
-    logits[5, targets[5]] = 200.0
-    targets[[0, 7]] = -100
-    exact = logits.double().requires_grad_()
-    expected = F.cross_entropy(exact, targets, reduction="none")
-    expected.sum().backward()
-    kept = logits.clone()
-    losses = torch.ops.pygpt.cross_entropy_rows_(kept, targets, -100, None)
-    assert torch.equal(kept, logits)
-    assert_close(losses, expected, torch.float32)
-    assert torch.equal(losses, torch.ops.pygpt.cross_entropy_rows_(logits, targets, -100, torch.tensor(0.125)))
-    assert_close(logits, exact.grad / 8, dtype)
-    assert not logits[[0, 7]].any()
+    cross_entropy_rows_case(torch.ops.pygpt.cross_entropy_rows_, V, dtype)
 
 
 def test_compiled_rows_do_not_hide_nan(capability):

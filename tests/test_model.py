@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from pygpt import GPT, GPTConfig
 from pygpt.errors import InputError, MissingFileError
+from pygpt.ops import backends
 
 TINY = GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=16)
 
@@ -345,3 +346,18 @@ def test_compiles_as_one_graph():
     assert_close(loss, expected)
     for p, grad in zip(model.parameters(), grads, strict=True):
         assert_close(grad, p.grad)
+
+
+@pytest.mark.skipif(backends.extension is None, reason="pygpt._C is not built")
+def test_compiles_once_for_every_length():
+    model, graphs = tiny(n_layer=1), []
+
+    def count(graph: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, fullgraph=True, backend=count, dynamic=True)
+    for T in (16, 12, 7):
+        idx = torch.randint(50, (2, T))
+        assert_close(compiled(idx, idx)[1], model(idx, idx)[1])
+    assert len(graphs) == 1

@@ -14,11 +14,15 @@ import torch
 import torch.nn.functional as F
 from common import (
     ATTENTION_SHAPES,
+    CROSS_ENTROPY_SHAPES,
     DOCUMENT_CASES,
     DOCUMENTS,
     EMBEDDING_SHAPES,
+    GELU_SHAPES,
     LAYER_NORM_SHAPES,
+    VOCABULARIES,
     assert_close,
+    cross_entropy_rows_case,
     document_starts,
 )
 
@@ -31,6 +35,7 @@ from pygpt.kernels import embedding as kemb  # noqa: E402
 from pygpt.kernels import gelu as kgelu  # noqa: E402
 from pygpt.kernels import layer_norm as kln  # noqa: E402
 from pygpt.ops import backends  # noqa: E402
+from pygpt.ops import cross_entropy as ops_cross_entropy  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -414,57 +419,50 @@ def test_serve_registers_for_cuda_and_lets_go():
         assert answered() == before
 
 
-def cross_entropy_case(N, V, C, dtype, ignored=(), scale=1.0):
-    hidden, weight = draw(N, C, dtype=dtype, scale=scale), draw(V, C, dtype=dtype, seed=1, scale=0.5)
-    targets = torch.randint(V, (N,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
-    targets[list(ignored)] = -100
-    loss, grad_hidden, grad_weight = kce.linear_cross_entropy(hidden, weight, targets)
-    rh, rw = reference(hidden, weight)
-    expected = F.cross_entropy(rh @ rw.t(), targets)
-    expected.backward()
-    assert_close(loss, expected, dtype, "loss")
-    assert_close(grad_hidden, rh.grad, dtype, "grad hidden")
-    assert_close(grad_weight, rw.grad, dtype, "grad weight")
-    only_loss = kce.linear_cross_entropy(hidden, weight, targets, need_hidden=False, need_weight=False)
-    assert only_loss[1] is only_loss[2] is None
-    assert torch.equal(only_loss[0], loss)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("V", VOCABULARIES)
+def test_cross_entropy_rows(V, dtype):
+    cross_entropy_rows_case(kce.cross_entropy_rows_, V, dtype, DEVICE)
 
 
+def test_cross_entropy_rows_of_float16_and_odd_targets():
+    logits, targets = draw(3, 40, dtype=F16), torch.tensor([0, 40, -1], device=DEVICE)
+    (expected,) = reference(logits[:1])
+    loss = F.cross_entropy(expected, targets[:1])
+    loss.backward()
+    losses = kce.cross_entropy_rows_(logits, targets, -100, torch.tensor(1.0, device=DEVICE))
+    assert_close(losses[:1], loss[None], F32)
+    assert_close(logits[:1], expected.grad, F16)
+    assert losses[1:].isnan().all()  # outside the vocabulary
+
+
+@pytest.mark.filterwarnings("ignore:.*verrid")
 @pytest.mark.parametrize(
-    ("N", "V", "C", "dtype", "ignored"),
-    [
-        (1, 1, 3, F32, ()),
-        (7, 11, 5, F32, (2, 6)),
-        (40, 300, 16, F32, (0,)),
-        (3, 4099, 8, F32, ()),
-        (24, 70, 32, BF16, (5,)),
-    ],
-    ids=str,
+    ("shape", "dtype"), [(s, (F32, BF16)[at % 2]) for at, s in enumerate(CROSS_ENTROPY_SHAPES)], ids=str
 )
-def test_linear_cross_entropy(N, V, C, dtype, ignored):
-    cross_entropy_case(N, V, C, dtype, ignored)
-
-
-def test_linear_cross_entropy_in_chunks(monkeypatch):
-    monkeypatch.setattr(kce, "CHUNK_BYTES", 1)  # 128 rows at a time
-    cross_entropy_case(300, 9, 8, F32, (17, 299))
-
-
-def test_linear_cross_entropy_of_large_logits_and_odd_targets():
-    cross_entropy_case(6, 50, 8, F32, scale=300.0)
-    hidden, weight = draw(3, 4), draw(5, 4, seed=1)
-    every_one_ignored = torch.full((3,), -100, device=DEVICE)
-    loss, grad_hidden, grad_weight = kce.linear_cross_entropy(hidden, weight, every_one_ignored)
-    assert loss.isnan()
-    assert not grad_hidden.any()
-    assert not grad_weight.any()
-    assert kce.linear_cross_entropy(hidden, weight, torch.tensor([0, 5, 1], device=DEVICE))[0].isnan()
+def test_linear_cross_entropy(triton_answers, monkeypatch, shape, dtype):
+    monkeypatch.setattr(ops_cross_entropy, "CHUNK_BYTES", 1)  # 16 rows at a time
+    monkeypatch.setattr(ops_cross_entropy, "GPU_CHUNK_BYTES", 1)
+    calls = []
+    monkeypatch.setattr(kce, "_rows_kernel", _Recorder(kce._rows_kernel, "rows", calls))
+    N, C, V = shape
+    hidden, weight = draw(N, C, dtype=dtype), draw(V, C, dtype=dtype, seed=1, scale=0.5)
+    targets = torch.randint(V, (N,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    targets[3::7] = -100
+    leaves, doubles = [t.requires_grad_() for t in (hidden, weight)], reference(hidden, weight)
+    loss, expected = ops.linear_cross_entropy(*leaves, targets), F.cross_entropy(doubles[0] @ doubles[1].t(), targets)
+    loss.backward()
+    expected.backward()
+    assert calls
+    assert_close(loss, expected, dtype, "loss")
+    for t, r in zip(leaves, doubles, strict=True):
+        assert_close(t.grad, r.grad, dtype, "grad")
 
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "with_bias"),
     [
-        ((), F32, False),
+        *((shape, dtype, len(shape) > 1) for shape, dtype in in_turn(GELU_SHAPES)),
         ((1, 1), F32, True),
         ((3, 5, 7), F32, True),
         ((33, 600), BF16, True),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import assert_close
+from common import adamw_shapes, assert_close
 from torch import nn
 
 triton = pytest.importorskip("triton", reason="triton is not installed: the Triton kernels are not tested")
@@ -20,7 +20,7 @@ if DEVICE == "cpu":
     import triton_interpreter  # noqa: F401 - bfloat16 as on a GPU
 
 BLOCK = kadamw.BLOCK
-SHAPES = [(3, 5), (), (0,), (BLOCK - 1,), (BLOCK,), (2, BLOCK), (BLOCK + 1,), (3 * BLOCK - 7,)]
+SHAPES = adamw_shapes(BLOCK)
 
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:

@@ -182,7 +182,9 @@ def attention_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 def other_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     def loss(V: int, dtype: torch.dtype) -> None:
-        cross_entropy.loss_and_gradient_(meta(1024, V, dtype=dtype), meta(1024, dtype=torch.int64), True)
+        logits, targets = meta(1024, V, dtype=dtype), meta(1024, dtype=torch.int64)
+        for factor in (None, meta(1, dtype=f32)):
+            cross_entropy.cross_entropy_rows_(logits, targets, -100, factor)
 
     def activation(C: int, dtype: torch.dtype, with_bias: bool) -> None:
         x, bias = meta(4096, C, dtype=dtype), meta(C, dtype=dtype) if with_bias else None

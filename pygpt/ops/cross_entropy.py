@@ -25,6 +25,7 @@ from pygpt.ops.linear import add_matmul_tn_, linear, matmul_nt
 backends.register("linear_cross_entropy", cpp=(torch.float32, torch.bfloat16))
 
 CHUNK_BYTES = 48 << 20  # logits held at a time, the largest part of a workspace of less than 64 MB
+GPU_CHUNK_BYTES = 128 << 20  # a chunk reads and writes all of the gradient of weight: fewer, where memory allows
 
 
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
@@ -92,9 +93,9 @@ def _check_range(targets: Tensor, V: int, ignore_index: int) -> None:
         )
 
 
-def _chunks(tokens: int, V: int, itemsize: int) -> list[tuple[int, int]]:
+def _chunks(tokens: int, V: int, itemsize: int, backend: str) -> list[tuple[int, int]]:
     """Begin and end of chunks about equally long."""
-    most = max(16, CHUNK_BYTES // (itemsize * max(V, 1)))
+    most = max(16, (GPU_CHUNK_BYTES if backend == "triton" else CHUNK_BYTES) // (itemsize * max(V, 1)))
     chunks = -(-tokens // most)
     return [(tokens * i // chunks, tokens * (i + 1) // chunks) for i in range(chunks)]
 
@@ -116,8 +117,11 @@ def _rows(logits: Tensor, targets: Tensor, ignore_index: int, factor: Tensor | N
 
 
 def _rows_compiled(logits: Tensor, targets: Tensor, ignore_index: int, factor: Tensor | None) -> Rows:
+    left = None
+    if factor is not None and logits.dtype == torch.float16:
+        factor, left = torch.ones_like(factor), factor
     losses = torch.ops.pygpt.cross_entropy_rows_.default(logits, targets, ignore_index, factor)
-    return losses, logits, None
+    return losses, logits, left
 
 
 def _times(x: Tensor, factor: Tensor | None) -> Tensor:
@@ -136,16 +140,13 @@ def _loss_and_gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The mean loss, and its gradients by hidden and weight where they are needed."""
     backend = backends.choose("linear_cross_entropy", hidden)
-    if backend == "triton":
-        from pygpt.kernels.cross_entropy import linear_cross_entropy as kernel  # imports Triton
-
-        return kernel(hidden, weight, targets, ignore_index, need_hidden, need_weight)
-    of_rows = _rows_compiled if backend == "cpp" else _rows
+    compiled = backend in ("cpp", "triton")
+    of_rows = _rows_compiled if compiled else _rows
     count = (targets != ignore_index).sum().to(torch.promote_types(hidden.dtype, torch.float32))
     factor = count.clamp(min=1).reciprocal() if need_hidden or need_weight else None
     total, grads = torch.zeros_like(count), []
     grad_weight = torch.zeros_like(weight) if need_weight else None
-    for start, end in _chunks(hidden.shape[0], weight.shape[0], hidden.itemsize if backend == "cpp" else 4):
+    for start, end in _chunks(hidden.shape[0], weight.shape[0], hidden.itemsize if compiled else 4, backend):
         x = hidden[start:end]
         losses, grad, left = of_rows(matmul_nt(x, weight), targets[start:end], ignore_index, factor)
         total += losses.sum()

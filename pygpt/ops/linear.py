@@ -73,12 +73,12 @@ def add_matmul_tn_(out: Tensor, a: Tensor, b: Tensor) -> None:
 def _by_onednn(a: Tensor, b: Tensor) -> bool:
     return (
         ONEDNN_IS_FASTER
+        and not torch.compiler.is_compiling()  # before the shapes: a graph would be tied to what they are compared with
         and a.dtype == torch.float32
         and backends.choose("linear", a) != "eager"
         and a.shape[0] >= MIN_ROWS
         and 0 not in b.shape
         and 0 not in a.shape
-        and not torch.compiler.is_compiling()
     )
 
 
