@@ -18,6 +18,7 @@ from common import (
     DOCUMENT_CASES,
     DOCUMENTS,
     EMBEDDING_SHAPES,
+    GELU_SHAPES,
     LAYER_NORM_SHAPES,
     TOLERANCE,
     assert_close,
@@ -27,7 +28,6 @@ from common import (
 )
 from cuda_emulation import build
 from test_attention import explicit
-from test_gelu import SHAPES as GELU_SHAPES
 
 from pygpt.ops.attention import dropout_mask
 
