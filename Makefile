@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo arc test sanitize bench gpu gpu-sanitize lint clean
+.PHONY: demo arc test test-triton sanitize bench gpu gpu-sanitize lint clean
 
 demo: $(VENV)/.train            ## pretrain a small GPT on Python's standard library and print a sample
 	$(BIN)/pygpt info
@@ -23,6 +23,12 @@ arc: $(VENV)/.train,data        ## from raw text to a spam filter and an assista
 
 test: $(VENV)/.test             ## every test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The Triton of torch 2.10 and 2.11, laid over the one of $(VENV).
+TRITON := build/triton-3.6.0
+test-triton: $(VENV)/.test      ## the Triton kernels' tests with the oldest Triton that they work with
+	test -d $(TRITON) || $(PIP) install -q --no-deps --target $(TRITON) triton==3.6.0
+	PYTHONPATH=$(TRITON) $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_triton.py tests/test_triton_adamw.py tests/test_triton_compile.py
 
 # In an environment of its own, which sees the packages of $(VENV), and in its folder, where no sources shadow what was
 # installed. Leaks are not looked for: Python leaves objects at exit.
