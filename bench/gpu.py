@@ -445,7 +445,10 @@ def versions(device: torch.device) -> dict[str, str]:
             found[module] = importlib.metadata.version(packages[module][0])
     if device.type == "cuda":
         found["device"] = torch.cuda.get_device_name()
-        found["cuda"] = str(torch.version.cuda)
+        found["cuda"], found["capability"] = (
+            str(torch.version.cuda),
+            "{}.{}".format(*torch.cuda.get_device_capability()),
+        )
         query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
         found["driver, clock, power"] = "nvidia-smi is not there"
         if shutil.which(query[0]):

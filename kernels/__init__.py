@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-# Module -> the operators of the namespace `pygpt` that it implements.
+# Op -> the module that has its kernels, and the operators of the namespace `pygpt` that these answer.
 OPERATORS = {
-    "embedding": ("embedding_forward", "embedding_backward", "embedding_backward_"),
-    "layer_norm": (
-        "layer_norm_forward", "layer_norm_backward", "add_layer_norm_forward", "add_layer_norm_backward",
-    ),
-    "gelu": ("gelu_forward", "gelu_backward", "bias_gelu_forward", "bias_gelu_backward"),
-    "cross_entropy": ("cross_entropy_rows_",),
-    "attention": ("causal_attention_forward", "causal_attention_backward"),
-}  # fmt: skip
+    "embedding": ("embedding", ("embedding_forward", "embedding_backward", "embedding_backward_")),
+    "layer_norm": ("layer_norm", ("layer_norm_forward", "layer_norm_backward")),
+    "add_layer_norm": ("layer_norm", ("add_layer_norm_forward", "add_layer_norm_backward")),
+    "gelu": ("gelu", ("gelu_forward", "gelu_backward", "bias_gelu_forward", "bias_gelu_backward")),
+    "linear_cross_entropy": ("cross_entropy", ("cross_entropy_rows_",)),
+    "causal_attention": ("attention", ("causal_attention_forward", "causal_attention_backward")),
+}
+# Whether Triton answers an op: always, only where nothing else does, or by the operator's arguments.
+Wanted = bool | Callable[..., bool]
 
 _library: torch.library.Library | None = None  # holds the registrations: they end with it
 
@@ -37,7 +39,20 @@ def _on_device_of_first_argument(kernel: Callable[..., Any]) -> Callable[..., An
     return call
 
 
-def serve(take: Collection[str] = ()) -> None:
+def by_arguments(
+    operator: str, key: str, kernel: Callable[..., Any], wanted: Callable[..., bool]
+) -> Callable[..., Any]:
+    """A kernel for `operator` and dispatch key: `kernel` for the arguments that are `wanted`, for others the one that answers
+    so far. To be registered with its key set, which that one is called with."""
+    compiled = torch.library.get_kernel(operator, key)
+
+    def call(keys: Any, *arguments: Any) -> Any:
+        return kernel(*arguments) if wanted(*arguments) else compiled.call_boxed(keys, *arguments)
+
+    return call
+
+
+def serve(take: Mapping[str, Wanted] = MappingProxyType({})) -> None:
     """Let the kernels answer the operators on CUDA tensors that nothing else answers, and those of the ops in `take`.
 
     Calling it again replaces the former choice. Raises ImportError where Triton is missing or broken.
@@ -45,12 +60,12 @@ def serve(take: Collection[str] = ()) -> None:
     global _library
     _library = None
     library = torch.library.Library("pygpt", "IMPL", "CUDA")
-    for module, names in OPERATORS.items():
-        kernels = importlib.import_module(f"pygpt.kernels.{module}")
+    for op, (module, names) in OPERATORS.items():
+        kernels, wanted = importlib.import_module(f"pygpt.kernels.{module}"), take.get(op, False)
         for name in names:
-            plain = name.removeprefix("bias_")
-            ends = ("_forward", "_backward", "_backward_", "_rows_")
-            taken = any(plain == op.removeprefix("linear_") + end for op in take for end in ends)
-            if taken or not torch._C._dispatch_has_kernel_for_dispatch_key(f"pygpt::{name}", "CUDA"):
-                library.impl(name, _on_device_of_first_argument(getattr(kernels, name)))
+            kernel = _on_device_of_first_argument(getattr(kernels, name))
+            if wanted is True or not torch._C._dispatch_has_kernel_for_dispatch_key(f"pygpt::{name}", "CUDA"):
+                library.impl(name, kernel)
+            elif wanted:
+                library.impl(name, by_arguments(f"pygpt::{name}", "CUDA", kernel, wanted), with_keyset=True)
     _library = library

@@ -67,6 +67,11 @@ def test_auto_prefers_a_gpu_kernel_only_where_it_was_measured(monkeypatch: pytes
     assert choices.preferred("embedding", (9, 0)) == ("eager",)
 
 
+def test_every_size_has_a_line_where_there_are_any():
+    lines = {(line.op, line.capability): line for line in choices.MEASURED}  # the last of each
+    assert all(not line.up_to for line in lines.values())
+
+
 @pytest.mark.skipif(backends._cuda_spec is None, reason="pygpt/_cuda.so is not built (no nvcc at install)")
 @pytest.mark.skipif(backends.extension is None, reason="pygpt._C, which has the schemas, is not built")
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch loads the library itself")

@@ -16,6 +16,7 @@ import importlib.util
 import math
 import os
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType, TracebackType
 
@@ -137,12 +138,22 @@ def _column(name: str) -> Column:
     return _columns[name]
 
 
-def _triton_takes() -> set[str]:
-    """Ops whose operators are Triton's even where compiled CUDA kernels answer them too: one operator has one kernel."""
+def _triton_takes() -> dict[str, bool | Callable[..., bool]]:
+    """For which ops Triton answers the operators that compiled CUDA kernels answer too, or for which arguments."""
     if _forced is not None:
-        return set(TRITON_OPS) if _forced == "triton" else set()
-    on_gpu = {op: [b for b in _order(op, "cuda") if b in ("cuda", "triton") and ready(b)] for op in TRITON_OPS}
-    return {op for op, order in on_gpu.items() if order[:1] == ["triton"]}
+        return dict.fromkeys(TRITON_OPS, _forced == "triton")
+
+    capability = torch.cuda.get_device_capability()
+    here = [backend for backend in ("cuda", "triton") if ready(backend)]
+
+    def first(op: str, sizes: Mapping[str, int] | None = None) -> str:
+        return next((backend for backend in choices.preferred(op, capability, sizes) if backend in here), "")
+
+    def by_arguments(op: str) -> Callable[..., bool]:
+        return lambda *arguments: first(op, choices.sizes(op, *arguments)) == "triton"
+
+    both = {op for op in TRITON_OPS if set(here) == {"cuda", "triton"} <= set(choices.preferred(op, capability))}
+    return {op: by_arguments(op) if op in both else first(op) == "triton" for op in TRITON_OPS}
 
 
 def _force(name: str | None) -> None:
@@ -348,7 +359,9 @@ def _why_not(op: str, device: str, backend: str) -> str:
         return f"runs on {column.device}"
     if _forced:
         return f"'{_forced}' was asked for"
-    return "another backend is preferred" if backend in _order(op, device) else "not measured faster on this GPU"
+    if backend not in _order(op, device):
+        return "not measured faster on this GPU"
+    return "another backend is preferred" if device == "cpu" else "measured faster for other sizes than these"
 
 
 def _name(dtype: torch.dtype) -> str:

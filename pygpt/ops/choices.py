@@ -1,27 +1,52 @@
 """What `auto` takes on a GPU: the only table of such choices, one line for each bench result it rests on.
 
 A compiled or Triton kernel is preferred to the reference only where it measured faster on that chip. Lines come from
-bench runs on the chip itself; without a line `auto` runs the reference, and `use_backend` still reaches every kernel.
+bench runs on the chip itself (`python bench/choices.py` prints them from a result of bench/gpu.py); without a line
+`auto` runs the reference, and `use_backend` still reaches every kernel.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 
 class Choice(NamedTuple):
-    """`backend` was fastest for `op` on chips of this compute capability; `measured`: date, chip, figures."""
+    """`backend` was fastest for `op` on chips of this compute capability; `measured`: date, chip, figures.
+
+    up_to: the largest sizes that the line is for, of those that `sizes` names; none: all. The first line that holds counts.
+    """
 
     op: str
     capability: tuple[int, int]
     backend: str
     measured: str
+    up_to: Mapping[str, int] = {}
 
 
 # Not measured: no GPU has run the benches yet, so there is no line.
 MEASURED: tuple[Choice, ...] = ()
 
 
-def preferred(op: str, capability: tuple[int, int]) -> tuple[str, ...]:
-    """Backends to try for an op on a GPU, best first; `eager` is always the last resort."""
-    return (*(line.backend for line in MEASURED if (line.op, line.capability) == (op, capability)), "eager")
+def preferred(op: str, capability: tuple[int, int], sizes: Mapping[str, int] | None = None) -> tuple[str, ...]:
+    """Backends to try for an op on a GPU, best first, for inputs of these sizes or of any; `eager` is the last resort."""
+    lines = [
+        line.backend
+        for line in MEASURED
+        if (line.op, line.capability) == (op, capability)
+        and (sizes is None or all(sizes[name] <= largest for name, largest in line.up_to.items()))
+    ]
+    return tuple(dict.fromkeys([*lines, "eager"]))
+
+
+def sizes(op: str, *inputs: Any) -> dict[str, int]:
+    """What a line's `up_to` may name, from an operator's arguments, those of forward and backward alike:
+    T (queries) and D (head dimension) of causal_attention, rows (or tokens) and C (last dimension) of the others."""
+    first = inputs[0]
+    if op == "causal_attention":
+        return {"T": first.shape[1], "D": first.shape[3]}
+    x = next(value for value in inputs if isinstance(value, Tensor) and value.is_floating_point())
+    rows = first.numel() // x.shape[-1] if first is x else first.numel()
+    return {"rows": rows, "C": x.shape[-1]}
