@@ -18,6 +18,7 @@ from pygpt.ops import backends
 from pygpt.ops.autograd import first_order
 
 SLICE_BYTES = 8 << 20  # of a product that is added to another tensor
+SMALL_PRODUCT = 3 << 19  # multiplications below which oneDNN does not win back what getting there costs
 MIN_ROWS = 16  # of a product for a library; what has fewer is a matter of memory bandwidth
 
 ONEDNN_IS_FASTER = (
@@ -30,7 +31,9 @@ backends.register("linear", cpp=(torch.float32, torch.bfloat16))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias, as `F.linear`: x (..., K), weight (N, K), bias (N,) or None -> (..., N). Its errors too."""
+    """x @ weight.T + bias, as `F.linear`: x (..., K), weight (N, K), bias (N,) or None -> (..., N). Its errors too.
+
+    On the CPU a product of fewer than 1.5 million multiplications is F.linear itself, unless a backend is forced."""
     if (
         backends.choose("linear", x) == "eager"
         or x.dim() < 2
@@ -50,7 +53,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if few_rows and (bias is None or (bias.is_cpu and bias.shape == weight.shape[:1])):
             return torch.ops.pygpt.linear_few_rows.default(x, weight, bias)
         return F.linear(x, weight, bias)
-    if x.dtype != torch.float32 or not ONEDNN_IS_FASTER or x.numel() == 0:
+    small = x.numel() * weight.shape[0] < SMALL_PRODUCT and backends.automatic_on_cpu(x)
+    if x.dtype != torch.float32 or not ONEDNN_IS_FASTER or x.numel() == 0 or small:
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias) if with_grad else _onednn(x, weight, bias)
 
