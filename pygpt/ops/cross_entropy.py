@@ -49,15 +49,19 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
         dtype = torch.get_autocast_dtype(hidden.device.type)
         with torch.autocast(hidden.device.type, enabled=False):
             return linear_cross_entropy(hidden.to(dtype), weight.to(dtype), targets, ignore_index)
-    if backends.automatic_on_cpu(hidden) and hidden.dim() == weight.dim() == 2 and targets.dtype == torch.int64:
-        if 0 < hidden.shape[0] * weight.shape[0] < backends.SMALL:
-            try:
-                logits = (linear if hidden.dtype == torch.float32 else F.linear)(hidden, weight)
-                return F.cross_entropy(
-                    logits if logits.itemsize > 2 else logits.float(), targets, None, None, ignore_index
-                )
-            except (RuntimeError, IndexError, ValueError):  # the checks below name what was wrong
-                pass
+    if (
+        backends.automatic_on_cpu(hidden)
+        and hidden.dim() == weight.dim() == 2
+        and 0 < hidden.shape[0] * weight.shape[0] < backends.SMALL
+        and targets.dtype == torch.int64
+    ):
+        try:
+            logits = (linear if hidden.dtype == torch.float32 else F.linear)(hidden, weight)
+            return F.cross_entropy(
+                logits if logits.itemsize > 2 else logits.float(), targets, ignore_index=ignore_index
+            )
+        except (RuntimeError, IndexError, ValueError):  # the checks below name what was wrong
+            pass
     _check(hidden, weight, targets)
     if backends.needs_reference():
         backends.choose("linear_cross_entropy", hidden)  # an error where a backend is forced
