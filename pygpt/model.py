@@ -267,8 +267,8 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dropout: float | None = None) -> GPT:
-        """Load a model from a folder in Hugging Face's GPT-2 layout: config.json and model.safetensors. dropout: another
-        probability than the one in config.json."""
+        """Load a model from a run of pygpt (its best checkpoint), or from a folder in Hugging Face's GPT-2 layout: config.json
+        and model.safetensors. dropout: another probability than the one in config.json."""
         from pygpt.pretrained import load
 
         return load(path, dropout)

@@ -63,8 +63,8 @@ def save(model: GPT | Classifier, path: str | Path, **settings: Any) -> None:
 
 
 def load(path: str | Path, dropout: float | None = None) -> GPT:
-    """Build the model that the folder `path` describes and load its weights. No code runs from the files. dropout: another
-    probability than the folder's."""
+    """Build the model that the folder `path` describes, of a run its best checkpoint, and load its weights. No code runs from
+    the files. dropout: another probability than the folder's."""
     from pygpt.model import GPT
 
     folder = Path(path)
@@ -73,6 +73,8 @@ def load(path: str | Path, dropout: float | None = None) -> GPT:
             f"no model folder at '{path}': it must hold config.json and model.safetensors (a checkpoint of pygpt, or a "
             f"GPT-2 model downloaded from Hugging Face)"
         )
+    if (folder / "checkpoints").is_dir():
+        folder = resolve_checkpoint(folder)
     config = read_config(folder)
     if dropout is not None:
         config = replace(config, dropout=dropout)

@@ -147,7 +147,8 @@ def test_what_is_streamed_is_what_is_generated(folder, capsys):
 
 
 def test_evaluation_is_the_mean_over_every_token(run, data, capsys):
-    model = GPT.from_pretrained(resolve_checkpoint(run)).eval()
+    model = GPT.from_pretrained(run).eval()
+    assert torch.equal(model.lm_head.weight, GPT.from_pretrained(resolve_checkpoint(run)).lm_head.weight)
     tokens = torch.from_numpy(np.asarray(load_tokens(data, "val")).astype(np.int64))
     losses = []
     for start in range(0, len(tokens) - 1, 32):  # one window at a time, the last one shorter
