@@ -109,6 +109,28 @@ def test_the_same_bits_for_any_number_of_threads(capability):
         assert all(torch.equal(x, y) for x, y in zip(runs[0], other, strict=True))
 
 
+def test_weights_written_past_the_cache_have_the_same_bits(capability):
+    """More than 8 million elements in one call against the same elements in calls of fewer; only the first tensor is aligned."""
+    sizes = [(1 << 22) + 5, 40, 1 << 22]
+    start = draw((sum(sizes),), BF16, 1)
+    grads = list(draw((sum(sizes),), BF16, 2).split(sizes))
+
+    def weights() -> list[nn.Parameter]:
+        return [nn.Parameter(w) for w in start.clone().split(sizes)]  # all but the first begin within a line
+
+    def step(ours: list[nn.Parameter], each: bool) -> list[torch.Tensor]:
+        for p, grad in zip(ours, grads, strict=True):
+            p.grad = grad
+        optimizers = [AdamW([p], lr=1e-2) for p in ours] if each else [AdamW(ours, lr=1e-2)]
+        for optimizer in optimizers:
+            optimizer.step()
+        return [p.detach() for p in ours]
+
+    for whole, part, before in zip(step(weights(), False), step(weights(), True), weights(), strict=True):
+        assert torch.equal(whole, part)
+        assert not torch.equal(whole, before)
+
+
 def test_norm(capability):
     grads = [draw(shape, (F32, BF16)[at % 2], at) for at, shape in enumerate(SHAPES)] + [
         draw((30, 20), F32, 9)[::2].t()

@@ -10,6 +10,7 @@ namespace pygpt {
 // What one tensor's update needs beside its elements.
 struct AdamWStep {
   float grad_factor, beta1, rest1, beta2, rest2, decay, rate, correction, eps;
+  bool stream;  // whether 16-bit weights are written past the cache
 };
 
 }  // namespace pygpt
@@ -24,6 +25,7 @@ using Tensors = std::vector<Tensor>;
 
 // Threads share the concatenation of all tensors, cut into blocks; a block does not cross the end of a tensor.
 constexpr int64_t kBlock = 16384;
+constexpr int64_t kStreamed = 1 << 23;  // elements in all: the 16-bit weights of fewer may still be in the cache when they are read
 constexpr int64_t kBlocksPerThread = 4;  // at least: fewer do not pay for waking a second thread
 
 class Blocks {
@@ -77,6 +79,9 @@ void adamw_(Tensors weights, Tensors grads, Tensors masters, Tensors means, Tens
               "adamw_: the lists must be equally long");
   const float factor = grad_factor ? *state(*grad_factor, 1) : 1.0f;
   std::vector<Parameter> parameters;
+  int64_t elements = 0;
+  for (const Tensor& weight : weights) elements += weight.numel();
+  const bool stream = elements >= kStreamed;
   for (size_t i = 0; i < count; ++i) {
     const Tensor &weight = weights[i], &grad = grads[i];
     const int64_t numel = weight.numel();
@@ -89,7 +94,7 @@ void adamw_(Tensors weights, Tensors grads, Tensors masters, Tensors means, Tens
     parameters.push_back({low, grad.const_data_ptr(), grad.scalar_type() == ScalarType::Float, master, state(means[i], numel),
                           state(squares[i], numel),
                           {factor, float(beta1), float(1 - beta1), float(beta2), float(1 - beta2), float(1 - lr * weight_decay),
-                           float(lr / (1 - std::pow(beta1, t))), float(1 / std::sqrt(1 - std::pow(beta2, t))), float(eps)}});
+                           float(lr / (1 - std::pow(beta1, t))), float(1 / std::sqrt(1 - std::pow(beta2, t))), float(eps), stream}});
   }
   for (Tensor& step : steps) *step.mutable_data_ptr<float>() += 1;
   const auto from_float = PYGPT_DISPATCH(adamw_range<float>);
