@@ -57,8 +57,9 @@ bench: $(VENV)/.bench           ## every op, and GPT-2 124M, against their peers
 # With no network: VENV=<an environment that has a CUDA build of torch> TORCH=torch, and what it lacks as wheels named by
 # PIP_NO_INDEX=1 PIP_FIND_LINKS=<folder>. Tests that fail or hang do not keep the bench from running; the exit status tells.
 gpu: $(VENV)/.gpu               ## on a machine with an NVIDIA GPU: GPU tests, then every op and GPT-2 124M against their peers
-	timeout 120 $(BIN)/python -m pytest tests/test_gpu.py tests/test_cuda_ptx.py tests/test_cuda_hopper.py; \
-	  tested=$$?; $(BIN)/python bench/gpu.py && exit $$tested
+	timeout 100 $(BIN)/python -m pytest tests/test_gpu.py tests/test_cuda_ptx.py tests/test_cuda_hopper.py; tested=$$?; \
+	  timeout 60 $(BIN)/python -m pytest -n 8 tests/test_triton.py tests/test_triton_adamw.py || tested=$$?; \
+	  $(BIN)/python bench/gpu.py && exit $$tested
 
 # Tests at sizes that the tools, which slow a kernel down a hundred times, go through in minutes.
 gpu-sanitize: $(VENV)/.gpu      ## the CUDA kernels on a GPU under NVIDIA's compute-sanitizer: memory, races, uninitialised reads

@@ -55,6 +55,13 @@ ROW_SECONDS = 120  # what takes longer hangs
 BROKEN = 3  # exit status of a process that can no longer use the device
 
 
+class NotMeasured(Exception):
+    """Why a peer is left out."""
+
+    def __str__(self) -> str:
+        return f"not measured: {self.args[0]}"
+
+
 class Bench:
     """The clock, the budget and the file of rows: JSON lines, of which the last one with an index counts."""
 
@@ -115,7 +122,8 @@ class Bench:
         try:
             entry |= self.measure(who, make, unit, work, memory)
         except Exception as error:  # a peer that cannot run is a result, and must not end the others
-            entry["problem"] = f"{type(error).__name__}: {error}".split("\n")[0][:160]
+            kind = "" if isinstance(error, NotMeasured) else f"{type(error).__name__}: "
+            entry["problem"] = f"{kind}{error}".split("\n")[0][:160]
             broken = not self.alive()
         faulthandler.cancel_dump_traceback_later()
         self.put(entry)
@@ -209,14 +217,22 @@ def attention_peers(T: int, device: torch.device) -> dict[str, Callable[[Tensor,
 
         return run
 
+    def absent(why: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            raise NotMeasured(why)
+
+        return run
+
     peers = {"SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION), "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION)}
-    if T <= 4096:
-        peers["eager"] = lambda q, k, v: naive_attention(*(x.transpose(1, 2) for x in (q, k, v)))
-    if T in (64, 1024, 4096):  # compiling takes most of the time that there is
-        peers["torch.compile"] = compiled(peers["eager"])
+    eager = lambda q, k, v: naive_attention(*(x.transpose(1, 2) for x in (q, k, v)))  # noqa: E731
+    peers["eager"] = eager if T <= 4096 else absent("its T x T scores do not fit")
+    if T in (64, 1024, 4096):
+        peers["torch.compile"] = compiled(eager)
         mask = functools.cache(lambda: create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=device))
         flex = compiled(flex_attention)
         peers["FlexAttention"] = lambda q, k, v: flex(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask())
+    else:
+        peers["torch.compile"] = peers["FlexAttention"] = absent("compiling takes most of the time that there is")
     if importlib.util.find_spec("flash_attn"):
         peers["flash-attn"] = lambda q, k, v: importlib.import_module("flash_attn").flash_attn_func(
             q, k, v, causal=True
@@ -357,7 +373,8 @@ def adamw(bench: Bench) -> None:
         each = 4 + 24 if dtype == torch.float32 else 2 + 24 + 2
         work = each * sum(shape.numel() for shape in shapes)
         runs: dict[str, Callable[[], Call]] = {
-            f"pygpt {name}": lambda: AdamW(parameters(), lr=1e-3, weight_decay=0.1).step for name in ours()
+            f"pygpt {name}": lambda: AdamW(parameters(), lr=1e-3, weight_decay=0.1).step
+            for name in dict.fromkeys([*ours(), "eager"])
         }
         if dtype == torch.float32:
             runs["torch fused"] = lambda: torch.optim.AdamW(parameters(), lr=1e-3, weight_decay=0.1, fused=True).step
@@ -369,11 +386,14 @@ def adamw(bench: Bench) -> None:
 # --- GPT-2 124M --------------------------------------------------------------------------------------------------
 
 
-def training_step(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, idx: Tensor, loss: Callable[[], Tensor]
-) -> Call:
+def training_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, loss: Callable[[], Tensor]) -> Call:
+    """Without an optimizer: forward and backward alone."""
+
     def step() -> None:
         loss().backward()
+        if optimizer is None:
+            model.zero_grad(set_to_none=True)
+            return
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -382,29 +402,36 @@ def training_step(
 
 
 def gpt2(bench: Bench) -> None:
+    gpt2_rows(bench, "training step", *((2, 16) if bench.smoke else (16, 1024)))
+    gpt2_rows(bench, "forward and backward", *((1, 8) if bench.smoke else (1, 256)))
+
+
+def gpt2_rows(bench: Bench, what: str, B: int, T: int) -> None:
+    bench.turn()
+    trains = what == "training step"
     size = {"n_layer": 1, "n_head": 2, "n_embd": 32, "vocab_size": 97, "block_size": 16} if bench.smoke else {}
-    B, T = (2, 16) if bench.smoke else (16, 1024)
     V = size.get("vocab_size", 50257)
     idx, targets = torch.randint(V, (2, B, T), device=bench.device)
     kind = bench.device.type
 
     def pygpt_step(compile_it: bool) -> Call:
         model = GPT(GPTConfig(**size)).to(bench.device, torch.bfloat16)
-        optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), kind)
+        optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), kind) if trains else None
         forward = torch.compile(model) if compile_it else model
-        return training_step(model, optimizer, idx, lambda: forward(idx, targets)[1])
+        return training_step(model, optimizer, lambda: forward(idx, targets)[1])
 
     def nanogpt_step(compile_it: bool) -> Call:
         baseline = importlib.import_module("pygpt.bench.baseline")
         model = baseline.GPT(baseline.GPTConfig(**size)).to(bench.device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        options = {"lr": 6e-4, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
+        optimizer = torch.optim.AdamW(model.parameters(), **options) if trains else None
         forward = torch.compile(model) if compile_it else model
 
         def loss() -> Tensor:
             with torch.autocast(kind, torch.bfloat16):
                 return forward(idx, targets)[1]
 
-        return training_step(model, optimizer, idx, loss)
+        return training_step(model, optimizer, loss)
 
     def transformers_step() -> Call:
         module = importlib.import_module("transformers")
@@ -419,8 +446,8 @@ def gpt2(bench: Bench) -> None:
             **{names[k]: v for k, v in size.items()}, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
         )
         model = module.GPT2LMHeadModel(config).to(bench.device, torch.bfloat16)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, fused=True)
-        return training_step(model, optimizer, idx, lambda: model(idx, labels=idx).loss)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, fused=True) if trains else None
+        return training_step(model, optimizer, lambda: model(idx, labels=idx).loss)
 
     runs: dict[str, Callable[[], Call]] = {}
     for name in ours():
@@ -431,7 +458,7 @@ def gpt2(bench: Bench) -> None:
     runs["nanoGPT torch.compile (SDPA, autocast)"] = lambda: nanogpt_step(True)
     runs["transformers"] = transformers_step
     for name, make in runs.items():
-        bench.row("GPT-2 124M training step", f"B {B}, T {T}, bf16", name, make, "tokens/s", B * T)
+        bench.row(f"GPT-2 124M {what}", f"B {B}, T {T}, bf16", name, make, "tokens/s", B * T)
 
 
 # --- report ------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -42,53 +43,61 @@ class Row(NamedTuple):
     bits: int  # of a value: 16 or 32
     D: int  # head dimensions up to this
     T: int  # queries up to this
-    arch: int  # compute capabilities from this on
+    arch: range  # compute capabilities
     dropout: bool | None  # None: with and without
     config: Config
 
 
 MANY = 1 << 31
+ANY, HOPPER, LATER = range(80, 1000), range(90, 100), range(100, 1000)
 # Every configuration that can be chosen; tests/test_triton_compile.py walks these tables and accepts no spilled register.
 FORWARD = (
-    Row(16, 256, 16, 80, None, Config(16, 64, 4, 2)),
-    Row(16, 128, 64, 80, None, Config(64, 64, 4, 1)),
-    Row(16, 256, 64, 80, None, Config(32, 32, 4, 1)),
+    Row(16, 256, 16, LATER, True, Config(16, 32, 4, 1)),
+    Row(16, 256, 16, ANY, None, Config(16, 64, 4, 2)),
+    Row(16, 128, 64, LATER, True, Config(64, 64, 8, 1)),
+    Row(16, 128, 64, ANY, None, Config(64, 64, 4, 1)),
+    Row(16, 256, 64, ANY, None, Config(32, 32, 4, 1)),
     # At 128 registers two programs share a multiprocessor: one's softmax hides the other's products.
-    Row(16, 64, MANY, 90, False, Config(128, 64, 8, 3, 128)),
-    Row(16, 64, MANY, 80, False, Config(128, 64, 4, 3)),
-    Row(16, 64, MANY, 80, True, Config(128, 64, 8, 3)),
-    Row(16, 128, MANY, 90, None, Config(128, 64, 8, 2)),
-    Row(16, 128, MANY, 80, False, Config(128, 64, 8, 2)),
-    Row(16, 128, MANY, 80, True, Config(64, 64, 8, 2)),
-    Row(16, 256, MANY, 90, False, Config(64, 32, 4, 1)),
-    Row(16, 256, MANY, 80, None, Config(32, 32, 4, 1)),
-    Row(32, 128, 16, 80, None, Config(16, 32, 4, 1)),
-    Row(32, 64, MANY, 80, None, Config(32, 32, 4, 1)),
-    Row(32, 128, MANY, 80, None, Config(32, 32, 8, 1)),
-    Row(32, 256, MANY, 80, None, Config(32, 32, 8, 1)),
+    Row(16, 64, MANY, HOPPER, False, Config(128, 64, 8, 3, 128)),
+    Row(16, 64, MANY, LATER, None, Config(128, 64, 8, 3)),
+    Row(16, 64, MANY, ANY, False, Config(128, 64, 4, 3)),
+    Row(16, 64, MANY, ANY, True, Config(128, 64, 8, 3)),
+    Row(16, 128, MANY, HOPPER, None, Config(128, 64, 8, 2)),
+    Row(16, 128, MANY, ANY, False, Config(128, 64, 8, 2)),
+    Row(16, 128, MANY, ANY, True, Config(64, 64, 8, 2)),
+    Row(16, 256, MANY, HOPPER, False, Config(64, 32, 4, 1)),
+    Row(16, 256, MANY, LATER, None, Config(32, 32, 8, 1)),
+    Row(16, 256, MANY, ANY, None, Config(32, 32, 4, 1)),
+    Row(32, 128, 16, ANY, None, Config(16, 32, 4, 1)),
+    Row(32, 64, MANY, ANY, None, Config(32, 32, 4, 1)),
+    Row(32, 128, MANY, ANY, None, Config(32, 32, 8, 1)),
+    Row(32, 256, MANY, ANY, None, Config(32, 32, 8, 1)),
 )
 GRAD_Q = (  # the kernel that owns query blocks in backward
-    Row(16, 64, MANY, 90, False, Config(128, 64, 8, 2, 128)),
-    Row(16, 64, MANY, 80, None, Config(128, 64, 8, 2)),
-    Row(16, 128, MANY, 90, False, Config(128, 64, 8, 2)),
-    Row(16, 128, MANY, 90, True, Config(64, 64, 4, 2)),
-    Row(16, 128, MANY, 80, None, Config(64, 64, 8, 2)),
-    Row(16, 256, MANY, 80, None, Config(32, 64, 8, 1)),
-    Row(32, 64, MANY, 80, None, Config(32, 32, 8, 1)),
-    Row(32, 128, MANY, 80, None, Config(16, 32, 4, 1)),
-    Row(32, 256, MANY, 80, None, Config(32, 32, 8, 1)),
+    Row(16, 64, MANY, HOPPER, False, Config(128, 64, 8, 2, 128)),
+    Row(16, 64, MANY, ANY, None, Config(128, 64, 8, 2)),
+    Row(16, 128, MANY, HOPPER, False, Config(128, 64, 8, 2)),
+    Row(16, 128, MANY, HOPPER, True, Config(64, 64, 4, 2)),
+    Row(16, 128, MANY, LATER, None, Config(64, 64, 8, 1)),
+    Row(16, 128, MANY, ANY, None, Config(64, 64, 8, 2)),
+    Row(16, 256, MANY, ANY, None, Config(32, 64, 8, 1)),
+    Row(32, 64, MANY, ANY, None, Config(32, 32, 8, 1)),
+    Row(32, 128, MANY, ANY, None, Config(16, 32, 4, 1)),
+    Row(32, 256, MANY, LATER, True, Config(16, 32, 4, 1)),
+    Row(32, 256, MANY, ANY, None, Config(32, 32, 8, 1)),
 )
 GRAD_KV = (  # the kernel that owns key blocks in backward
-    Row(16, 64, MANY, 90, None, Config(64, 128, 8, 2)),
-    Row(16, 64, MANY, 80, False, Config(64, 128, 8, 2)),
-    Row(16, 64, MANY, 80, True, Config(32, 128, 8, 2)),
-    Row(16, 128, MANY, 90, None, Config(32, 128, 8, 2)),
-    Row(16, 128, MANY, 80, False, Config(32, 64, 4, 2)),
-    Row(16, 128, MANY, 80, True, Config(32, 64, 8, 2)),
-    Row(16, 256, MANY, 80, None, Config(32, 32, 8, 1)),
-    Row(32, 64, MANY, 80, None, Config(32, 32, 8, 1)),
-    Row(32, 128, MANY, 80, None, Config(32, 16, 8, 1)),
-    Row(32, 256, MANY, 80, None, Config(32, 16, 4, 1)),
+    Row(16, 64, MANY, HOPPER, None, Config(64, 128, 8, 2)),
+    Row(16, 64, MANY, ANY, False, Config(64, 128, 8, 2)),
+    Row(16, 64, MANY, ANY, True, Config(32, 128, 8, 2)),
+    Row(16, 128, MANY, HOPPER, None, Config(32, 128, 8, 2)),
+    Row(16, 128, MANY, ANY, False, Config(32, 64, 4, 2)),
+    Row(16, 128, MANY, ANY, True, Config(32, 64, 8, 2)),
+    Row(16, 256, MANY, ANY, None, Config(32, 32, 8, 1)),
+    Row(32, 64, MANY, LATER, None, Config(32, 32, 4, 1)),
+    Row(32, 64, MANY, ANY, None, Config(32, 32, 8, 1)),
+    Row(32, 128, MANY, ANY, None, Config(32, 16, 8, 1)),
+    Row(32, 256, MANY, ANY, None, Config(32, 16, 4, 1)),
 )
 
 
@@ -96,7 +105,7 @@ def choose(table: tuple[Row, ...], q: Tensor, dropout: bool) -> Config:
     """The configuration of `table` for queries q (B, T, H, D) on their device."""
     (_, T, _, D), bits, arch = q.shape, q.dtype.itemsize * 8, architecture(q)
     for row in table:
-        fits = row.bits == bits and D <= row.D and T <= row.T and arch >= row.arch
+        fits = row.bits == bits and D <= row.D and T <= row.T and arch in row.arch
         if fits and row.dropout in (None, dropout):
             return row.config
     raise AssertionError(f"no configuration for heads of {D} {q.dtype}: pygpt.ops.causal_attention lets none through")
@@ -477,6 +486,11 @@ def _unit_last(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
+def _whole(*tensors: Tensor) -> list[Tensor]:
+    """With heads padded by zeros to a multiple of 16."""
+    return [F.pad(x, (0, -x.shape[3] % 16)) for x in tensors]
+
+
 def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
@@ -497,8 +511,8 @@ def _splits(q: Tensor, k: Tensor, tile: Config) -> int:
 
 def _block_d(q: Tensor) -> int:
     """Columns of a tile: the whole head, but of wide float32 heads, of which no tile fits the registers, a part."""
-    D = q.shape[3]
-    return 64 if q.dtype == torch.float32 and D > 128 else max(16, next_power_of_2(D))
+    D, widest = q.shape[3], 64 if architecture(q) in LATER else 128
+    return 64 if q.dtype == torch.float32 and widest < D else max(16, next_power_of_2(D))
 
 
 def _dropout(dropout_p: float) -> tuple[int, float]:
@@ -511,7 +525,7 @@ def _shared_options(q: Tensor, tile: Config) -> dict[str, Any]:
     D = q.shape[3]
     options = dict(
         D=D, BLOCK_D=_block_d(q), QUERIES=tile.queries, KEYS=tile.keys,
-        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",  # float32 products as good as float32
+        PRECISION=("ieee" if torch.version.hip else "tf32x3") if q.dtype == torch.float32 else "tf32",  # good as float32
         num_warps=tile.warps, num_stages=tile.stages, **FUSED,
     )  # fmt: skip
     return options if tile.registers is None else options | {"maxnreg": tile.registers}
@@ -526,6 +540,9 @@ def causal_attention_forward(
     document_start: int32 (B, T), not decreasing along T: a query's first key, for documents packed in a row; clamped to
     0 .. i + S - T for query i.
     """
+    if q.shape[3] % 16:  # slow, but right: rows that are not aligned make the kernels spill
+        out, lse = causal_attention_forward(*_whole(q, k, v), scale, dropout_p, seed, document_start)
+        return out[..., : q.shape[3]].contiguous(), lse
     if scale <= 0:  # the kernel takes the maximum of the scores before it scales them
         q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
     q, k, v = _unit_last(q), _unit_last(k), _unit_last(v)
@@ -559,6 +576,9 @@ def causal_attention_backward(
     seed: Tensor | None, document_start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> grad_q, grad_k, grad_v, contiguous, in the inputs' dtype."""
+    if q.shape[3] % 16:
+        grads = causal_attention_backward(*_whole(grad, q, k, v, out), lse, scale, dropout_p, seed, document_start)
+        return tuple(x[..., : q.shape[3]].contiguous() for x in grads)  # type: ignore[return-value]
     grad, q, k, v, out = (_unit_last(x) for x in (grad, q, k, v, out))
     (B, T, H, D), S = q.shape, k.shape[1]
     grad_q, grad_k, grad_v = q.new_empty(B, T, H, D), k.new_empty(B, S, H, D), v.new_empty(B, S, H, D)

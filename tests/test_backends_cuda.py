@@ -60,15 +60,16 @@ def test_every_op_with_cuda_kernels_registers_the_column():
 
 
 def test_auto_prefers_a_gpu_kernel_only_where_it_was_measured(monkeypatch: pytest.MonkeyPatch):
-    line = choices.Choice("layer_norm", (9, 0), "cuda", "a bench result")
+    line = choices.Choice("layer_norm", (9, 0), 16, "cuda", "a bench result")
     monkeypatch.setattr(choices, "MEASURED", (line,))
-    assert choices.preferred("layer_norm", (9, 0)) == ("cuda", "eager")
-    assert choices.preferred("layer_norm", (8, 0)) == ("eager",)
-    assert choices.preferred("embedding", (9, 0)) == ("eager",)
+    assert choices.preferred("layer_norm", (9, 0), 16) == ("cuda", "eager")
+    assert choices.preferred("layer_norm", (8, 0), 16) == ("eager",)
+    assert choices.preferred("layer_norm", (9, 0), 32) == ("eager",)
+    assert choices.preferred("embedding", (9, 0), 16) == ("eager",)
 
 
 def test_every_size_has_a_line_where_there_are_any():
-    lines = {(line.op, line.capability): line for line in choices.MEASURED}  # the last of each
+    lines = {(line.op, line.capability, line.bits): line for line in choices.MEASURED}  # the last of each
     assert all(not line.up_to for line in lines.values())
 
 

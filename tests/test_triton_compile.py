@@ -51,7 +51,7 @@ def test_every_line_of_the_attention_tables_is_taken_somewhere(monkeypatch: pyte
 
     for table in (attention.FORWARD, attention.GRAD_Q, attention.GRAD_KV):
         taken = set()
-        for arch in (80, 90):
+        for arch in (80, 90, 120):
             monkeypatch.setattr(device, "assumed_architecture", arch)
             for row in table:
                 q = torch.empty(1, min(row.T, 1024), 1, row.D, dtype={16: torch.bfloat16, 32: torch.float32}[row.bits])

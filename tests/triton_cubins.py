@@ -97,6 +97,7 @@ def collect(cases: Callable[[], Iterator[tuple[str, Callable[[], Any]]]], arch: 
     JITFunction.run = compile_only
     try:
         device.assumed_architecture = arch
+        device.assumed_multiprocessors = 132  # an H100's: it decides what is split
         for case, call in cases():  # noqa: B007 - read by compile_only
             call()
     finally:
@@ -134,6 +135,10 @@ def layer_norm_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"{C}", functools.partial(run, C, bf16, False)
     for C in (1024, 8192, 16384, 20000):
         yield f"{C} f32", functools.partial(run, C, f32, True)
+    for C in (801, 5001):  # rows that are not aligned
+        for dtype in (bf16, f32):
+            yield f"{C} {dtype}", functools.partial(run, C, dtype, True)
+    yield "768 float16", functools.partial(run, 768, torch.float16, True)
 
 
 def embedding_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -152,8 +157,11 @@ def embedding_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 def attention_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     """Every line of the tables at its widest head, plain and with all that costs registers; and cases of their own."""
 
-    def run(D: int, dtype: torch.dtype, dropout: bool, documents: bool, T: int, forward: bool, backward: bool) -> None:
-        B, H = (8, 12) if T > 64 else (1, 1)
+    def run(
+        D: int, dtype: torch.dtype, dropout: bool, documents: bool, T: int, forward: bool, backward: bool,
+        heads: tuple[int, int] | None = None,
+    ) -> None:  # fmt: skip
+        B, H = heads or ((8, 32) if T > 64 else (1, 1))
         q, k, v = meta(B, T, 3, H, D, dtype=dtype).unbind(2)
         if T <= 64:  # decoding: one head and many keys, which are split
             k = v = meta(B, 1024, H, D, dtype=dtype)
@@ -178,6 +186,13 @@ def attention_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         name = f"D 64 T 1024 {'dropout' if dropout else 'documents'}"
         yield name, functools.partial(run, 64, bf16, dropout, not dropout, 1024, True, True)
     yield "D 96", functools.partial(run, 96, bf16, False, False, 1024, True, True)
+    for dropout in (False, True):
+        yield "D 40, padded", functools.partial(run, 40, bf16, dropout, False, 1024, True, True)
+        for D in (64, 128):
+            yield f"D {D} float16", functools.partial(run, D, torch.float16, dropout, False, 1024, True, True)
+            # What is split where heads are few, and is not where they are many.
+            yield f"D {D} split", functools.partial(run, D, bf16, dropout, dropout, 1024, True, False, (1, 12))
+            yield f"D {D} T 1", functools.partial(run, D, bf16, dropout, dropout, 1, True, False, (8, 32))
 
 
 def other_cases() -> Iterator[tuple[str, Callable[[], Any]]]:

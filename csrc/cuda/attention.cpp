@@ -86,18 +86,16 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, double scale, d
   if (lse.numel() == 0) return {out, lse};
   p.out = heads(out);
   p.lse = mutable_data<float>(lse);
-  if (!attention_on_tensor_cores(p, false)) {
-    attention_plain_forward(p, device);
-    return {out, lse};
-  }
-  if (run_on_hopper(p, false, device)) return {out, lse};
+  const bool tensor_cores = attention_on_tensor_cores(p, false);
+  if (tensor_cores && run_on_hopper(p, false, device)) return {out, lse};
   p.splits = attention_splits(p, device.multiprocessors);
   const int64_t parts = p.splits > 1 ? p.splits : 0;
   Tensor partial_out = new_empty(q, {parts, p.B, p.H, p.T, p.D}, ScalarType::Float);
   Tensor partial_lse = new_empty(q, {parts, p.B, p.H, p.T}, ScalarType::Float);
   p.partial_out = mutable_data<float>(partial_out);
   p.partial_lse = mutable_data<float>(partial_lse);
-  attention_forward(p, device);
+  tensor_cores ? attention_forward(p, device) : attention_plain_forward(p, device);
+  if (p.splits > 1) attention_join_splits(p, device);
   return {out, lse};
 }
 

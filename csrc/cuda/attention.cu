@@ -166,10 +166,6 @@ void run(const Attention& p, const Launch& at) {
   const dim3 grid(static_cast<unsigned>(query_tiles(p) * p.B * p.H), static_cast<unsigned>(p.splits));
   const auto kernel = p.dropout.seed ? forward<T, D, true> : forward<T, D, false>;
   launch(at, kernel, grid, kTileThreads, (kTileRows + 4 * kKeys) * D * sizeof(T), p);
-  if (p.splits > 1) {
-    const auto blocks = static_cast<unsigned>(ceil_div(int64_t(p.B) * p.H * p.T, kTileThreads / kWarp));
-    launch(at, join_splits<T>, blocks, kTileThreads, 0, p);
-  }
 }
 
 bool rows_aligned(const Heads& x) {
@@ -189,6 +185,14 @@ int attention_splits(const Attention& p, int multiprocessors) {
   const int64_t blocks = query_tiles(p) * p.B * p.H, key_tiles = ceil_div(p.S, kKeys);
   if (blocks == 0 || p.T > kTileRows) return 1;  // many queries: their blocks differ in length, and fill the device
   return static_cast<int>(std::clamp<int64_t>(2 * multiprocessors / blocks, 1, std::min<int64_t>(key_tiles, 64)));
+}
+
+void attention_join_splits(const Attention& p, const Launch& at) {
+  const auto blocks = static_cast<unsigned>(ceil_div(int64_t(p.B) * p.H * p.T, kTileThreads / kWarp));
+  const auto kernel = p.dtype == DType::f32    ? join_splits<float>
+                      : p.dtype == DType::bf16 ? join_splits<__nv_bfloat16>
+                                               : join_splits<__half>;
+  launch(at, kernel, blocks, kTileThreads, 0, p);
 }
 
 void attention_forward(const Attention& p, const Launch& at) {

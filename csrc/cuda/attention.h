@@ -58,6 +58,7 @@ constexpr int kMaxHeadDim = 256;
 
 // Into how many parts the keys are split, so that few queries (decoding) still fill the device.
 int attention_splits(const Attention& p, int multiprocessors);
+void attention_join_splits(const Attention& p, const Launch& at);
 
 void attention_forward(const Attention& p, const Launch& at);
 

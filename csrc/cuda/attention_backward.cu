@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kTileThreads) grad_keys(Attention p) {
 
     const Tile<T, D> queries{query_tiles + tile % 2 * Q * D}, grads{grad_tiles + tile % 2 * Q * D};
     float s[Q / 8][4] = {}, d[Q / 8][4] = {};
-#pragma unroll
+#pragma unroll 4  // all eight of a wide row spill on sm_100
     for (int step = 0; step < D / 16; ++step) {
       uint32_t a[4];
       load_a(a, keys, warp * 16, step);

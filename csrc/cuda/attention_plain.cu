@@ -2,7 +2,8 @@
 // above 128, rows that are not at multiples of 16 bytes. Right rather than fast.
 //
 // A warp owns one row (a query, or a key in grad_keys) and its sums, each thread every 32nd element; the block's 8 warps
-// stage 32 columns at a time in shared memory as float32. One thread per column makes the scores.
+// stage 32 columns at a time in shared memory as float32. One thread per column makes the scores. With few queries the keys
+// are split over blocks, as in attention.cu.
 
 #include "cuda/attention.h"
 #include "cuda/shared.h"
@@ -64,11 +65,12 @@ __device__ float kept(const Dropout& dropout, int head, int query, int key) {
 
 struct Place {  // of a block and a warp in the problem
   int head, b, h, first, row, warp, lane, shift;
-  __device__ explicit Place(const Attention& p)
+  // The blocks with the most to do come first: the last queries, or the first keys.
+  __device__ Place(const Attention& p, bool last_first)
       : head(blockIdx.x % (p.B * p.H)),
         b(head / p.H),
         h(head % p.H),
-        first(blockIdx.x / (p.B * p.H) * kRows),
+        first((last_first ? (gridDim.x - 1 - blockIdx.x) / (p.B * p.H) : blockIdx.x / (p.B * p.H)) * kRows),
         row(first + threadIdx.x / kWarp),
         warp(threadIdx.x / kWarp),
         lane(threadIdx.x % kWarp),
@@ -84,11 +86,15 @@ __global__ void __launch_bounds__(kThreads) forward(Attention p) {
   float* rows = shared.take<float>(kRows * (p.D + 1));
   float* keys = shared.take<float>(kColumns * (p.D + 1));
   float* values = shared.take<float>(kColumns * (p.D + 1));
-  const Place at(p);
+  const Place at(p, true);
   stage<T>(rows, p.q, at.b, at.h, at.first, p.T, kRows, p.D);
   const int start = first_key(p, at.b, at.row);
   float out[kElements] = {}, largest = kNegativeInfinity, total = 0;
-  for (int key = at.first_step(p); key < at.last_key(p); key += kColumns) {
+  const int first_step = at.first_step(p), split = blockIdx.y;
+  const int steps = (at.last_key(p) - first_step + kColumns - 1) / kColumns;
+  const int begin = first_step + static_cast<int>(int64_t(steps) * split / p.splits) * kColumns;
+  const int end = first_step + static_cast<int>(int64_t(steps) * (split + 1) / p.splits) * kColumns;
+  for (int key = begin; key < end; key += kColumns) {
     stage<T>(keys, p.k, at.b, at.h, key, p.S, kColumns, p.D);
     stage<T>(values, p.v, at.b, at.h, key, p.S, kColumns, p.D);
     __syncthreads();
@@ -106,8 +112,14 @@ __global__ void __launch_bounds__(kThreads) forward(Attention p) {
     __syncthreads();
   }
   if (at.row >= p.T) return;
-  store_row<T>(out, p.out, at.b, at.h, at.row, p.D, 1.0f / total);
-  if (at.lane == 0) p.lse[int64_t(at.head) * p.T + at.row] = largest + logf(total);
+  const bool empty = total == 0;  // a split may hold no key that the query sees
+  const float inverse = empty ? 0.0f : 1.0f / total, lse = empty ? kNegativeInfinity : largest + logf(total);
+  const int64_t row = (int64_t(p.splits > 1 ? split : 0) * p.B * p.H + at.head) * p.T + at.row;
+  if (at.lane == 0) (p.splits == 1 ? p.lse : p.partial_lse)[row] = lse;
+  if (p.splits == 1) return store_row<T>(out, p.out, at.b, at.h, at.row, p.D, inverse);
+#pragma unroll
+  for (int i = 0; i < kElements; ++i)
+    if (at.lane + i * kWarp < p.D) p.partial_out[row * p.D + at.lane + i * kWarp] = out[i] * inverse;
 }
 
 template <class T>
@@ -117,7 +129,7 @@ __global__ void __launch_bounds__(kThreads) grad_queries(Attention p) {
   float* grads = shared.take<float>(kRows * (p.D + 1));
   float* keys = shared.take<float>(kColumns * (p.D + 1));
   float* values = shared.take<float>(kColumns * (p.D + 1));
-  const Place at(p);
+  const Place at(p, true);
   stage<T>(rows, p.q, at.b, at.h, at.first, p.T, kRows, p.D);
   stage<T>(grads, p.grad, at.b, at.h, at.first, p.T, kRows, p.D);
   const int64_t statistics = int64_t(at.head) * p.T + (at.row < p.T ? at.row : 0);
@@ -148,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, 4) grad_keys(Attention p) {
   float* values = shared.take<float>(kRows * (p.D + 1));
   float* queries = shared.take<float>(kColumns * (p.D + 1));
   float* grads = shared.take<float>(kColumns * (p.D + 1));
-  const Place at(p);
+  const Place at(p, false);
   stage<T>(keys, p.k, at.b, at.h, at.first, p.S, kRows, p.D);
   stage<T>(values, p.v, at.b, at.h, at.first, p.S, kRows, p.D);
   float sum_k[kElements] = {}, sum_v[kElements] = {};
@@ -182,8 +194,8 @@ size_t shared_bytes(int rows, int D) {
 
 template <class T>
 void run_forward(const Attention& p, const Launch& at) {
-  const auto blocks = static_cast<unsigned>(ceil_div(p.T, kRows) * p.B * p.H);
-  launch(at, forward<T>, blocks, kThreads, shared_bytes(kRows + 2 * kColumns, p.D), p);
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.T, kRows) * p.B * p.H), static_cast<unsigned>(p.splits));
+  launch(at, forward<T>, grid, kThreads, shared_bytes(kRows + 2 * kColumns, p.D), p);
 }
 
 template <class T>

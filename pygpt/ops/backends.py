@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType, TracebackType
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad as _forward_ad
@@ -146,14 +147,26 @@ def _triton_takes() -> dict[str, bool | Callable[..., bool]]:
     capability = torch.cuda.get_device_capability()
     here = [backend for backend in ("cuda", "triton") if ready(backend)]
 
-    def first(op: str, sizes: Mapping[str, int] | None = None) -> str:
-        return next((backend for backend in choices.preferred(op, capability, sizes) if backend in here), "")
+    def first(op: str, bits: int, sizes: Mapping[str, int] | None = None) -> str:
+        return next((name for name in choices.preferred(op, capability, bits, sizes) if name in here), "")
 
     def by_arguments(op: str) -> Callable[..., bool]:
-        return lambda *arguments: first(op, choices.sizes(op, *arguments)) == "triton"
+        known: dict[tuple[int, ...], bool] = {}  # asked in every call
 
-    both = {op for op in TRITON_OPS if set(here) == {"cuda", "triton"} <= set(choices.preferred(op, capability))}
-    return {op: by_arguments(op) if op in both else first(op) == "triton" for op in TRITON_OPS}
+        def wanted(*arguments: Any) -> bool:
+            bits, sizes = choices.value_of(*arguments).itemsize * 8, choices.sizes(op, *arguments)
+            key = (bits, *sizes.values())
+            if key not in known:
+                known[key] = first(op, bits, sizes) == "triton"
+            return known[key]
+
+        return wanted
+
+    def takes(op: str) -> bool | Callable[..., bool]:
+        lines = {name for bits in (16, 32) for name in choices.preferred(op, capability, bits) if name in here}
+        return by_arguments(op) if len(lines) == 2 else lines == {"triton"}
+
+    return {op: takes(op) for op in TRITON_OPS}
 
 
 def _force(name: str | None) -> None:
@@ -236,7 +249,7 @@ def automatic_on_cpu(x: torch.Tensor, fewer_than: float = math.inf) -> bool:
 def _resolve(op: str, device: str, dtype: torch.dtype, forced: str | None) -> str:
     kernels = _kernels[op]
     if forced is None:
-        for backend in _order(op, device):
+        for backend in _order(op, device, dtype):
             if dtype in kernels.get(backend, ()) and ready(backend):
                 return backend
         return "eager"
@@ -256,10 +269,10 @@ def _resolve(op: str, device: str, dtype: torch.dtype, forced: str | None) -> st
     return forced
 
 
-def _order(op: str, device: str) -> tuple[str, ...]:
+def _order(op: str, device: str, dtype: torch.dtype) -> tuple[str, ...]:
     """The backends that `auto` tries for an op on a device, best first."""
     if device == "cuda":
-        return choices.preferred(op, torch.cuda.get_device_capability())
+        return choices.preferred(op, torch.cuda.get_device_capability(), dtype.itemsize * 8)
     return CPU_ORDER if device == "cpu" else ("eager",)
 
 
@@ -322,7 +335,7 @@ def devices() -> list[str]:
 
 
 def backends() -> dict[str, dict[str, str]]:
-    """The backend in use: {op: {device: backend}}, for float32 (see `report` for the dtypes and the reasons)."""
+    """The backend in use: {op: {device: backend}}, for float32, on GPUs for bfloat16 (see `report` for the reasons)."""
     _apply_environment()
     return {op: {device: _in_use(op, device) for device in devices()} for op in _kernels}
 
@@ -340,9 +353,14 @@ def report() -> list[Row]:
     return rows
 
 
+def _usual(device: str) -> torch.dtype:
+    """The dtype that what is said of a device is true of."""
+    return torch.bfloat16 if device == "cuda" else torch.float32
+
+
 def _in_use(op: str, device: str) -> str:
     try:
-        return _resolve(op, device, torch.float32, _forced)
+        return _resolve(op, device, _usual(device), _forced)
     except InputError:
         if _forced is None:  # a bad PYGPT_CPU_CAPABILITY
             raise
@@ -359,7 +377,7 @@ def _why_not(op: str, device: str, backend: str) -> str:
         return f"runs on {column.device}"
     if _forced:
         return f"'{_forced}' was asked for"
-    if backend not in _order(op, device):
+    if backend not in _order(op, device, _usual(device)):
         return "not measured faster on this GPU"
     return "another backend is preferred" if device == "cpu" else "measured faster for other sizes than these"
 

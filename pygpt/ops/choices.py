@@ -14,13 +14,12 @@ from torch import Tensor
 
 
 class Choice(NamedTuple):
-    """`backend` was fastest for `op` on chips of this compute capability; `measured`: date, chip, figures.
-
-    up_to: the largest sizes that the line is for, of those that `sizes` names; none: all. The first line that holds counts.
-    """
+    """`backend` was fastest for `op` on values of 16 or 32 bits, on chips of this compute capability; `measured`: chip, figures
+    and where they lie. up_to: the largest of the `sizes` that the line is for; none: all. The first line that holds counts."""
 
     op: str
     capability: tuple[int, int]
+    bits: int
     backend: str
     measured: str
     up_to: Mapping[str, int] = {}
@@ -30,23 +29,29 @@ class Choice(NamedTuple):
 MEASURED: tuple[Choice, ...] = ()
 
 
-def preferred(op: str, capability: tuple[int, int], sizes: Mapping[str, int] | None = None) -> tuple[str, ...]:
+def preferred(
+    op: str, capability: tuple[int, int], bits: int, sizes: Mapping[str, int] | None = None
+) -> tuple[str, ...]:
     """Backends to try for an op on a GPU, best first, for inputs of these sizes or of any; `eager` is the last resort."""
     lines = [
         line.backend
         for line in MEASURED
-        if (line.op, line.capability) == (op, capability)
+        if (line.op, line.capability, line.bits) == (op, capability, bits)
         and (sizes is None or all(sizes[name] <= largest for name, largest in line.up_to.items()))
     ]
     return tuple(dict.fromkeys([*lines, "eager"]))
 
 
+def value_of(*inputs: Any) -> Tensor:
+    """The first floating-point tensor of an operator's arguments."""
+    return next(value for value in inputs if isinstance(value, Tensor) and value.is_floating_point())
+
+
 def sizes(op: str, *inputs: Any) -> dict[str, int]:
-    """What a line's `up_to` may name, from an operator's arguments, those of forward and backward alike:
-    T (queries) and D (head dimension) of causal_attention, rows (or tokens) and C (last dimension) of the others."""
-    first = inputs[0]
+    """What a line's `up_to` may name, from an operator's arguments, those of forward and backward alike: T (queries) and D
+    (head dimension) of causal_attention, rows (or tokens) and C (last dimension) of the others."""
+    first, x = inputs[0], value_of(*inputs)
     if op == "causal_attention":
-        return {"T": first.shape[1], "D": first.shape[3]}
-    x = next(value for value in inputs if isinstance(value, Tensor) and value.is_floating_point())
-    rows = first.numel() // x.shape[-1] if first is x else first.numel()
-    return {"rows": rows, "C": x.shape[-1]}
+        return {"T": x.shape[1], "D": x.shape[3]}
+    C = x.shape[-1] if x.dim() else 1
+    return {"rows": first.numel() // max(C, 1) if first is x else first.numel(), "C": C}

@@ -86,16 +86,14 @@ void attention(DType dtype, int B, int T_, int S, int H, int D, bool dropout, in
               .partial_out = nullptr, .partial_lse = nullptr, .grad = heads(grad, T_), .grad_q = heads(grad_q, T_),
               .grad_k = heads(grad_k, S), .grad_v = heads(grad_v, S), .delta = delta.data};
   attention_delta(p, kAt);
-  if (!attention_on_tensor_cores(p, true)) {
-    attention_plain_forward(p, kAt);
-    attention_plain_backward(p, kAt);
-    return;
-  }
   p.splits = attention_splits(p, kAt.multiprocessors);
   Buffer<float> partial_out(p.splits * queries), partial_lse(p.splits * rows);
   p.partial_out = partial_out.data;
   p.partial_lse = partial_lse.data;
-  attention_forward(p, kAt);
+  const bool tensor_cores = attention_on_tensor_cores(p, true);
+  tensor_cores ? attention_forward(p, kAt) : attention_plain_forward(p, kAt);
+  if (p.splits > 1) attention_join_splits(p, kAt);
+  if (!tensor_cores) return attention_plain_backward(p, kAt);
   if (attention_on_hopper(p, false)) attention_hopper_forward(p, kAt);
   attention_backward(p, kAt);
   if (attention_on_hopper(p, true)) attention_hopper_backward(p, kAt);
