@@ -154,8 +154,9 @@ def embedding_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "768 f32", functools.partial(run, 768, f32)
 
 
-def attention_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Every line of the tables at its widest head, plain and with all that costs registers; and cases of their own."""
+def attention_cases(later: bool = False) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Every line of the tables at its widest head, plain and with all that costs registers; and cases of their own. later:
+    those lines alone that are for architectures after Hopper."""
 
     def run(
         D: int, dtype: torch.dtype, dropout: bool, documents: bool, T: int, forward: bool, backward: bool,
@@ -175,6 +176,8 @@ def attention_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 
     for table in (attention.FORWARD, attention.GRAD_Q, attention.GRAD_KV):
         for row in table:
+            if later and row.arch != attention.LATER:
+                continue
             dtype, T = {16: bf16, 32: f32}[row.bits], min(row.T, 1024)
             for dropout in (False, True) if row.dropout is None else (row.dropout,):
                 if attention.choose(table, meta(1, T, 1, row.D, dtype=dtype), dropout) != row.config:
@@ -182,6 +185,8 @@ def attention_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
                 forward = table is attention.FORWARD
                 name = f"D {row.D} T {T}{' dropout' if dropout else ''}"
                 yield name, functools.partial(run, row.D, dtype, dropout, dropout, T, forward, not forward)
+    if later:
+        return
     for dropout in (False, True):  # documents alone, and dropout alone, where they matter most
         name = f"D 64 T 1024 {'dropout' if dropout else 'documents'}"
         yield name, functools.partial(run, 64, bf16, dropout, not dropout, 1024, True, True)
@@ -228,6 +233,7 @@ CASES = {
     "layer_norm": layer_norm_cases,
     "embedding": embedding_cases,
     "attention": attention_cases,
+    "later attention": functools.partial(attention_cases, later=True),
     "cross_entropy, gelu and adamw": other_cases,
 }
 
