@@ -77,7 +77,6 @@ GRAD_Q = (  # the kernel that owns query blocks in backward
     Row(16, 64, MANY, HOPPER, False, Config(128, 64, 8, 2, 128)),
     Row(16, 64, MANY, ANY, None, Config(128, 64, 8, 2)),
     Row(16, 128, MANY, HOPPER, False, Config(128, 64, 8, 2)),
-    Row(16, 128, MANY, HOPPER, True, Config(64, 64, 4, 2)),
     Row(16, 128, MANY, LATER, None, Config(64, 64, 8, 1)),
     Row(16, 128, MANY, ANY, None, Config(64, 64, 8, 2)),
     Row(16, 256, MANY, ANY, None, Config(32, 64, 8, 1)),

@@ -269,8 +269,9 @@ def _backward(
     grad_x = torch.empty_like(x)
     if rows == 0:
         return grad_x, torch.zeros_like(weight), weight.new_zeros(C if has_bias else 0)
-    # Rows that long and not aligned spill from the kernel that holds them whole.
-    tile = BACKWARD[-1][1] if C > 4096 and C % 16 else up_to(BACKWARD, C)
+    tile = up_to(BACKWARD, C)
+    if C % 16:  # rows that are not aligned take more registers
+        tile = BACKWARD[-1][1] if C > 4096 else tile._replace(warps=2 * tile.warps)
     # A program's share of the weight gradients takes 8 C bytes: with few tiles each, they would outweigh the rows.
     programs = min(multiprocessors(x) * max(1, 16 // tile.warps), cdiv(rows, tile.rows * 4))
     partial = x.new_empty(1 + has_bias, programs, C, dtype=torch.float32)
