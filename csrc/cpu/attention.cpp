@@ -123,7 +123,7 @@ auto forward_kernel() {
 
 template <class T>
 auto backward_kernel() {
-#if PYGPT_X86_LEVELS && 0
+#if PYGPT_X86_LEVELS
   if constexpr (std::is_same_v<T, bf16>)
     if (capability() >= Capability::amx) return amx::attention_backward<T>;
 #endif
