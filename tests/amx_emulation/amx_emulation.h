@@ -46,22 +46,27 @@ inline void check_rows(const char* instruction, const void* rows, int64_t stride
   if (reinterpret_cast<uintptr_t>(rows) % 64 || stride % 64) refuse(instruction, "rows straddle cache lines");
 }
 
+typedef uint32_t Units __attribute__((vector_size(64)));
+
+inline __attribute__((target("avx512f"), always_inline)) __m512 evens(Units pairs) { return (__m512)(pairs << 16); }
+inline __attribute__((target("avx512f"), always_inline)) __m512 odds(Units pairs) { return (__m512)(pairs >> 16 << 16); }
+
+// Not inline: no arithmetic may move to where denormals count.
 __attribute__((target("avx512f"), noinline)) inline void add_dot_bf16(Tile& c, const Tile& a, const Tile& b, int rows,
                                                                       int pairs, int row_bytes) {
-  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   const __mmask16 columns = static_cast<__mmask16>((1u << row_bytes / 4) - 1);
   for (int r = 0; r < rows; ++r) {
-    __m512 even = _mm512_setzero_ps(), odd = even;
+    __m512 even = {}, odd = {};
     for (int p = 0; p < pairs; ++p) {
-      int32_t pair;
+      uint32_t pair;
       std::memcpy(&pair, a.row[r] + 4 * p, sizeof pair);
-      const __m512i left = _mm512_set1_epi32(pair), right = _mm512_load_si512(b.row[p]);
-      even = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(left, 16)),
-                             _mm512_castsi512_ps(_mm512_slli_epi32(right, 16)), even);
-      odd = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(left, upper)),
-                            _mm512_castsi512_ps(_mm512_and_si512(right, upper)), odd);
+      const Units left = pair - Units{};
+      Units right;
+      std::memcpy(&right, b.row[p], sizeof right);
+      even = _mm512_fmadd_ps(evens(left), evens(right), even);
+      odd = _mm512_fmadd_ps(odds(left), odds(right), odd);
     }
-    const __m512 sum = _mm512_add_ps(_mm512_load_ps(c.row[r]), _mm512_add_ps(even, odd));
+    const __m512 sum = _mm512_load_ps(c.row[r]) + (even + odd);
     _mm512_store_ps(c.row[r], _mm512_maskz_mov_ps(columns, sum));
   }
 }
