@@ -1,8 +1,8 @@
-// The instructions of Intel AMX (Advanced Matrix Extensions) that the kernels use: eight tile registers of 16 rows of 64
-// bytes. The tests replace them by an emulation, so that kernels can be tested on a processor without AMX.
+// The instructions of Intel AMX (Advanced Matrix Extensions) that the kernels use: eight tile registers of 16 rows of
+// 64 bytes. The tests replace them by an emulation, so that kernels can be tested on a processor without AMX.
 //
-// Assembly, not the compiler's intrinsics: those of GCC 12 do not say that they read memory, and it drops the stores that
-// fill what they load. Tile numbers are constants, so that no tile is ever moved behind the kernel's back.
+// Assembly, not the compiler's intrinsics: those of GCC 12 do not say that they read memory, and it drops the stores
+// that fill what they load. Tile numbers are constants, so that no tile is ever moved behind the kernel's back.
 #pragma once
 
 #include <cstdint>

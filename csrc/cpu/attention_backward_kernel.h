@@ -11,13 +11,13 @@
 
 namespace pygpt::PYGPT_ISA {
 
-// Where the parts of the workspace lie. rows: first operands (T x width / kPair); summed: second operands, but with tiles
-// of the queries' side first operands (per block: width x kBlock / 2). Tiles cannot read a first operand by columns, as
-// P^T dO would have to: there the gradients of k and v are computed transposed, dO^T P, (width x kBlock).
+// Where the parts of the workspace lie. rows: first operands (T x width / kPair); summed: second operands, but with
+// tiles of the queries' side first operands (per block: width x kBlock / 2). Tiles cannot read a first operand by
+// columns, as P^T dO would have to: there the gradients of k and v are computed transposed, dO^T P, (width x kBlock).
 struct BackwardBuffers {
   float *query_rows, *grad_rows, *query_summed, *grad_summed, *grad_q, *lse2, *delta;   // of the head
   float *key_panel, *value_panel, *key_summed, *grad_k, *grad_v;                        // of a block of keys
-  float *scores, *grad_p;                    // (kRows x kBlock)
+  float *scores, *grad_p;                    // (kRows x kBlock), twice
   float *p_across, *ds_across, *ds_rows;     // of a tile: P and dS by pairs of queries, dS by pairs of keys
 };
 
@@ -39,8 +39,8 @@ static BackwardBuffers lay_out(const AttentionShape& shape, float* at) {
   w.key_summed = at, at += block;
   w.grad_k = at, at += block;
   w.grad_v = at, at += block;
-  w.scores = at, at += 16 * kBlock;
-  w.grad_p = at, at += 16 * kBlock;
+  w.scores = at, at += 32 * kBlock;
+  w.grad_p = at, at += 32 * kBlock;
   w.p_across = at, at += kBlock * kBlock;
   w.ds_across = at, at += kBlock * kBlock;
   w.ds_rows = w.ds_across;
@@ -130,14 +130,14 @@ PYGPT_INLINE void softmax_backward_row(const AttentionShape& shape, float* score
 
 // Copies a group's P and dS from the scratch rows to the tile, rows r .. r + kRows.
 template <int P>
-PYGPT_INLINE void store_group(const BackwardBuffers& w, int64_t r) {
+PYGPT_INLINE void store_group(const BackwardBuffers& w, const float* scores, const float* grad_p, int64_t r) {
   for (int i = 0; i < kRows; i += P)
     for (int64_t j = 0; j < kBlock; j += kLanes) {
-      const vf p = load(w.scores + i * kBlock + j), ds = load(w.grad_p + i * kBlock + j);
+      const vf p = load(scores + i * kBlock + j), ds = load(grad_p + i * kBlock + j);
 #ifdef PYGPT_AVX512_BF16
       if constexpr (P == 2) {
-        store(w.p_across + (r + i) / 2 * kBlock + j, pair_across(p, load(w.scores + (i + 1) * kBlock + j)));
-        store(w.ds_across + (r + i) / 2 * kBlock + j, pair_across(ds, load(w.grad_p + (i + 1) * kBlock + j)));
+        store(w.p_across + (r + i) / 2 * kBlock + j, pair_across(p, load(scores + (i + 1) * kBlock + j)));
+        store(w.ds_across + (r + i) / 2 * kBlock + j, pair_across(ds, load(grad_p + (i + 1) * kBlock + j)));
         continue;
       }
 #endif
@@ -149,7 +149,7 @@ PYGPT_INLINE void store_group(const BackwardBuffers& w, int64_t r) {
     for (int i = 0; i < kRows; ++i)
       for (int64_t j = 0; j < kBlock; j += 2 * kLanes)
         store(w.ds_rows + (r + i) * (kBlock / 2) + j / 2,
-              pair_along(load(w.grad_p + i * kBlock + j), load(w.grad_p + i * kBlock + j + kLanes)));
+              pair_along(load(grad_p + i * kBlock + j), load(grad_p + i * kBlock + j + kLanes)));
 #endif
 }
 
@@ -175,9 +175,10 @@ PYGPT_INLINE void add_key_gradients(const AttentionShape& shape, const BackwardB
     const int64_t n = (end - from + P - 1) / P, at = from / P * kBlock + j;
     if constexpr (kTiles<T>) {
       for (int64_t d = 0; d < D; d += kRows) {
-        const int64_t operand = (q0 * width + d * kBlock + from) / P, to = d * kBlock + j, columns = smaller(group, keys - j);
-        product<P, false, Into::add>(w.grad_summed + operand, kBlock / P, w.p_across + at, kBlock, w.grad_v + to, kBlock,
-                                     n, columns);
+        const int64_t operand = (q0 * width + d * kBlock + from) / P, to = d * kBlock + j;
+        const int64_t columns = smaller(group, keys - j);
+        product<P, false, Into::add>(w.grad_summed + operand, kBlock / P, w.p_across + at, kBlock, w.grad_v + to,
+                                     kBlock, n, columns);
         product<P, false, Into::add>(w.query_summed + operand, kBlock / P, w.ds_across + at, kBlock, w.grad_k + to,
                                      kBlock, n, columns);
       }
@@ -199,6 +200,17 @@ PYGPT_INLINE void clear_queries(const BackwardBuffers& w, int64_t from, int64_t 
   std::memset(w.ds_across + at, 0, size);
 }
 
+// Where the scratch rows of a group begin: with tiles, two groups have some at a time.
+template <class T>
+PYGPT_INLINE int64_t scratch_of(int64_t row) {
+  return kTiles<T> ? row % (2 * kRows) * kBlock : 0;
+}
+
+// The columns of a block of keys up to the last that a group sees, whose first query sees `count` of them.
+PYGPT_INLINE int64_t seen_columns(int64_t keys, int64_t count) {
+  return round_up(smaller(keys, count + kRows - 1), kLanes);
+}
+
 // One 64 x 64 tile: queries q0 .. q0 + 64, of which those before end_query see a key of the tile, keys k0 .. k0 + 64.
 // DOCUMENTS: whether the shape has any. Asking in the loops would cost the others 1 to 2%.
 template <class T, bool DOCUMENTS>
@@ -210,21 +222,30 @@ static void backward_tile(const AttentionShape& shape, const BackwardBuffers& w,
   const int64_t count = shape.end_key(q0) - k0;           // keys of this block that query q0 sees, but for its document
   const int64_t first = count > 0 ? 0 : 1 - count;        // the first query that sees any
   if (first >= rows) return;
-  for (int64_t r = first / kRows * kRows; r < rows; r += kRows) {
-    const int64_t from = first_column<T, DOCUMENTS>(shape, head, q0 + r, k0);
-    const int64_t columns = round_up(smaller(keys, count + r + kRows - 1), kLanes);
-    product<P, false, Into::assign>(w.query_rows + (q0 + r) * stride, stride, w.key_panel + from, kBlock,
-                                    w.scores + from, kBlock, units, columns - from);
-    product<P, false, Into::assign>(w.grad_rows + (q0 + r) * stride, stride, w.value_panel + from, kBlock,
-                                    w.grad_p + from, kBlock, units, columns - from);
+  // With tiles, a group waits until the products of the next are under way: see attention_forward.
+  constexpr int64_t lag = kTiles<T> ? kRows : 0;
+  const int64_t start = first / kRows * kRows;
+  for (int64_t next = start; next < rows + lag; next += kRows) {
+    if (next < rows) {
+      const int64_t from = first_column<T, DOCUMENTS>(shape, head, q0 + next, k0);
+      const int64_t columns = seen_columns(keys, count + next) - from, at = scratch_of<T>(next) + from;
+      product<P, false, Into::assign>(w.query_rows + (q0 + next) * stride, stride, w.key_panel + from, kBlock,
+                                      w.scores + at, kBlock, units, columns);
+      product<P, false, Into::assign>(w.grad_rows + (q0 + next) * stride, stride, w.value_panel + from, kBlock,
+                                      w.grad_p + at, kBlock, units, columns);
+    }
+    const int64_t r = next - lag;
+    if (r < start) continue;
+    const int64_t from = first_column<T, DOCUMENTS>(shape, head, q0 + r, k0), columns = seen_columns(keys, count + r);
+    float *scores = w.scores + scratch_of<T>(r), *grad_p = w.grad_p + scratch_of<T>(r);
     for (int i = 0; i < kRows; ++i) {
       vi keep[kBlock / kLanes];
       if (shape.dropout.on) dropout_keep(shape.dropout, head, q0 + r + i, k0 / kBlock, keep);
       const Seen seen{DOCUMENTS ? shape.first_key(head, q0 + r + i) - k0 : 0, count + r + i};
-      softmax_backward_row<T>(shape, w.scores + i * kBlock, w.grad_p + i * kBlock, from, columns, seen,
-                              w.lse2[q0 + r + i], w.delta[q0 + r + i], shape.dropout.on ? keep : nullptr);
+      softmax_backward_row<T>(shape, scores + i * kBlock, grad_p + i * kBlock, from, columns, seen, w.lse2[q0 + r + i],
+                              w.delta[q0 + r + i], shape.dropout.on ? keep : nullptr);
     }
-    store_group<P>(w, r);
+    store_group<P>(w, scores, grad_p, r);
   }
   if (want_keys) {
     if constexpr (kTiles<T>) {

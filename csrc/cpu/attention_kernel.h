@@ -93,10 +93,6 @@ PYGPT_INLINE vf probabilities(float* scores, int64_t columns, float scale, float
   return sum;
 }
 
-// With tiles, the largest score so far stays the reference until another exceeds it by this much (log2): seldom is there
-// anything to rescale then, and probabilities and sums up to 2^8 times larger lose no precision.
-constexpr float kSlack = 8.0f;
-
 // Scores (rows x `columns`, rows kBlock apart) -> probabilities. The first row is that of `query`, the first column of
 // `key`, a multiple of kLanes; all columns are of one block. factor[r]: by what to multiply the output and sum so far.
 template <class T>
@@ -107,8 +103,7 @@ static void softmax_rows(const AttentionShape& shape, float* scores, int rows, i
     before[r] = running.largest[r];
     const Seen seen = seen_from(shape, head, query + r, key);
     scales[r] = shape.scale * kLog2E;
-    float top = mask_scores<T>(scores + r * kBlock, columns, seen, before[r], scales[r]);
-    if (kTiles<T> && top - before[r] <= kSlack) top = before[r];
+    const float top = mask_scores<T>(scores + r * kBlock, columns, seen, before[r], scales[r]);
     running.largest[r] = top;
     // Where no key was seen so far, or scores overflowed, there must be no -inf - -inf.
     after[r] = top == -std::numeric_limits<float>::infinity() ? 0.0f : top;
@@ -170,6 +165,26 @@ PYGPT_INLINE void prefetch_rows(HeadView<const T> x, int64_t H, int64_t D, int64
   for (int64_t r = first; r < end && r < first + kRows; ++r, row += x.time) prefetch_row(row, D);
 }
 
+// A group of kRows queries, the first of them row `row` of its block, against `seen` keys of one block from `from` on.
+struct Group {
+  int64_t row, key_block, from, seen;
+  float* scores;  // (kRows x kBlock)
+};
+
+// Of a group whose scores are computed: the softmax, and what it adds to the output.
+template <class T>
+static void attend(const AttentionShape& shape, const PackedHead<T>& packed, const Group& group, Running running,
+                   float* o, int64_t head, int64_t q0) {
+  constexpr int P = kPair<T>;
+  const int64_t r = group.row, width = shape.width(), first_key = group.key_block * kBlock + group.from;
+  const int rows = static_cast<int>(smaller(kRows, shape.T - q0 - r));
+  float factor[kLanes];
+  softmax_rows<T>(shape, group.scores, rows, round_up(group.seen, kLanes),
+                  {running.largest + r, running.sum + r * kLanes}, factor, head, q0 + r, first_key);
+  product<P, false, Into::rescale>(group.scores, kBlock, packed.values + first_key / P * width, width, o + r * width,
+                                   width, (group.seen + P - 1) / P, shape.D, factor);
+}
+
 // Work items first .. last, an item being (batch, head, block of queries) in this order, ascending.
 template <class T>
 void attention_forward(const AttentionShape& shape, HeadView<const T> q, HeadView<const T> k, HeadView<const T> v,
@@ -184,8 +199,8 @@ void attention_forward(const AttentionShape& shape, HeadView<const T> q, HeadVie
   packed.values = packed.keys + shape.key_blocks() * panel;
   float* queries = packed.values + shape.key_blocks() * panel;
   float* o = queries + panel;
-  float* scores = o + kBlock * width;
-  const Running running = {scores + kRows * kBlock, scores + kRows * kBlock + kBlock};
+  float *scores = o + kBlock * width, *other_scores = scores + kRows * kBlock;
+  const Running running = {other_scores + kRows * kBlock, other_scores + kRows * kBlock + kBlock};
   for (int64_t item = first; item < last; ++item) {
     const int64_t head = item / shape.query_blocks(), block = item % shape.query_blocks();
     const int64_t b = head / shape.H, h = head % shape.H, q0 = block * kBlock, rows = smaller(kBlock, shape.T - q0);
@@ -197,13 +212,15 @@ void attention_forward(const AttentionShape& shape, HeadView<const T> q, HeadVie
     std::memset(running.sum, 0, kBlock * kLanes * sizeof(float));
     for (int64_t r = 0; r < kBlock; ++r) running.largest[r] = -std::numeric_limits<float>::infinity();
 
+    // With tiles, a group waits until the scores of the next are under way: so the tiles multiply while the vector
+    // units are at the softmax.
+    Group waiting = {};
     for (int64_t key_block = key_blocks.begin; key_block < key_blocks.end; ++key_block)
       for (int64_t r = 0; r < rows; r += kRows) {
-        const int group = static_cast<int>(smaller(kRows, rows - r));
         // Keys of this block that the group sees: its first query begins first, its last query ends last.
         const int64_t k0 = key_block * kBlock, first_key = larger(0, shape.first_key(head, q0 + r) - k0);
         const int64_t from = first_key / kSumStep<T> * kSumStep<T>;
-        const int64_t seen = smaller(kBlock, shape.end_key(q0 + r + group - 1) - k0) - from;
+        const int64_t seen = smaller(kBlock, shape.end_key(q0 + smaller(r + kRows, rows) - 1) - k0) - from;
         if (seen <= 0) continue;
         if (key_block == key_blocks.begin && item + 1 < last) {
           const int64_t next_head = (item + 1) / shape.query_blocks(), next = (item + 1) % shape.query_blocks();
@@ -212,14 +229,19 @@ void attention_forward(const AttentionShape& shape, HeadView<const T> q, HeadVie
           prefetch_rows(k, shape.H, D, next_head, next_key, shape.S);
           prefetch_rows(v, shape.H, D, next_head, next_key, shape.S);
         }
-        float factor[kLanes];
-        product<P, false, INTO>(queries + r * (width / P), width / P, packed.keys + key_block * panel + from,
-                                       kBlock, scores, kBlock, units, seen, &scale);
-        softmax_rows<T>(shape, scores, group, round_up(seen, kLanes), {running.largest + r, running.sum + r * kLanes},
-                        factor, head, q0 + r, k0 + from);
-        product<P, false, Into::rescale>(scores, kBlock, packed.values + key_block * panel + from / P * width, width,
-                                         o + r * width, width, (seen + P - 1) / P, D, factor);
+        const Group group = {r, key_block, from, seen, scores};
+        product<P, false, INTO>(queries + r * (width / P), width / P, packed.keys + key_block * panel + from, kBlock,
+                                scores, kBlock, units, seen, &scale);
+        if constexpr (kTiles<T>) {
+          if (waiting.seen) attend<T>(shape, packed, waiting, running, o, head, q0);
+          waiting = group;
+          scores = other_scores;
+          other_scores = group.scores;
+        } else {
+          attend<T>(shape, packed, group, running, o, head, q0);
+        }
       }
+    if (kTiles<T> && waiting.seen) attend<T>(shape, packed, waiting, running, o, head, q0);
     finish_rows(shape, o, running, rows, out + ((b * shape.T + q0) * shape.H + h) * D, lse + head * shape.T + q0);
   }
 }

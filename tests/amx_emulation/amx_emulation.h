@@ -1,7 +1,8 @@
-// The instructions of csrc/cpu/amx.h in C++, for tests on a processor with AVX-512 but without AMX. As the processor does,
-// it refuses tiles that are not configured and shapes that do not fit, and works on what memory holds at that moment; what
-// it refuses ends the process, with a line that says why. Beyond that it refuses what the kernels mean never to do: rows
-// that straddle cache lines, stores whose rows overlap, and tiles left configured by whoever had them before.
+// The instructions of csrc/cpu/amx.h in C++, for tests on a processor with AVX-512 but without AMX. As the processor
+// does, it refuses tiles that are not configured and shapes that do not fit, and works on what memory holds at that
+// moment; what it refuses ends the process, with a line that says why. Beyond that it refuses what the kernels mean
+// never to do: rows that straddle cache lines, stores whose rows overlap, and tiles left configured by whoever had them
+// before.
 //
 // Arithmetic as in the Software Developer's Manual's description of TDPBF16PS: per element two sums from zero, of the
 // even and the odd products, fused and rounded to nearest, denormals taken and given as zero; then their sum is added.
@@ -48,8 +49,8 @@ inline void check_rows(const char* instruction, const void* rows, int64_t stride
 
 typedef uint32_t Units __attribute__((vector_size(64)));
 
-inline __attribute__((target("avx512f"), always_inline)) __m512 evens(Units pairs) { return (__m512)(pairs << 16); }
-inline __attribute__((target("avx512f"), always_inline)) __m512 odds(Units pairs) { return (__m512)(pairs >> 16 << 16); }
+inline __attribute__((target("avx512f"), always_inline)) __m512 evens(Units u) { return (__m512)(u << 16); }
+inline __attribute__((target("avx512f"), always_inline)) __m512 odds(Units u) { return (__m512)(u >> 16 << 16); }
 
 // Not inline: no arithmetic may move to where denormals count.
 __attribute__((target("avx512f"), noinline)) inline void add_dot_bf16(Tile& c, const Tile& a, const Tile& b, int rows,
@@ -87,7 +88,8 @@ inline void tile_configure(const TileConfig& config) {
   for (int i = 0; i < 14; ++i)
     if (config.reserved[i]) amx_emulation::refuse("ldtilecfg", "reserved bytes must be zero");
   for (int i = 0; i < 16; ++i) {
-    if (config.rows[i] > 16 || config.row_bytes[i] > 64) amx_emulation::refuse("ldtilecfg", "a tile is 16 rows of 64 bytes");
+    if (config.rows[i] > 16 || config.row_bytes[i] > 64)
+      amx_emulation::refuse("ldtilecfg", "a tile is 16 rows of 64 bytes");
     if (!config.rows[i] != !config.row_bytes[i]) amx_emulation::refuse("ldtilecfg", "a tile has rows without bytes");
     if (i >= 8 && config.rows[i]) amx_emulation::refuse("ldtilecfg", "there are eight tiles");
   }
@@ -129,7 +131,8 @@ void tile_dot_bf16() {
   amx_emulation::State& s = amx_emulation::configured("tdpbf16ps");
   const TileConfig& t = s.config;
   if (!t.rows[C] || !t.rows[A] || !t.rows[B]) amx_emulation::refuse("tdpbf16ps", "this tile is not configured");
-  if (t.rows[C] != t.rows[A] || t.row_bytes[C] != t.row_bytes[B] || t.row_bytes[A] != 4 * t.rows[B] || t.row_bytes[C] % 4)
+  if (t.rows[C] != t.rows[A] || t.row_bytes[C] != t.row_bytes[B] || t.row_bytes[A] != 4 * t.rows[B] ||
+      t.row_bytes[C] % 4)
     amx_emulation::refuse("tdpbf16ps", "shapes do not fit");
   amx_emulation::dot_bf16(s.tiles[C], s.tiles[A], s.tiles[B], t.rows[C], t.row_bytes[A] / 4, t.row_bytes[C]);
 }
