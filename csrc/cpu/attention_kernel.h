@@ -173,7 +173,7 @@ struct Group {
 
 // Of a group whose scores are computed: the softmax, and what it adds to the output.
 template <class T>
-static void attend(const AttentionShape& shape, const PackedHead<T>& packed, const Group& group, Running running,
+PYGPT_INLINE void attend(const AttentionShape& shape, const PackedHead<T>& packed, const Group& group, Running running,
                    float* o, int64_t head, int64_t q0) {
   constexpr int P = kPair<T>;
   const int64_t r = group.row, width = shape.width(), first_key = group.key_block * kBlock + group.from;
