@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo arc test test-triton sanitize bench gpu gpu-sanitize lint clean
+.PHONY: demo arc test test-triton test-amx sanitize bench gpu gpu-sanitize lint clean
 
 demo: $(VENV)/.train            ## pretrain a small GPT on Python's standard library and print a sample
 	$(BIN)/pygpt info
@@ -30,20 +30,33 @@ test-triton: $(VENV)/.test      ## the Triton kernels' tests with the oldest Tri
 	test -d $(TRITON) || $(PIP) install -q --no-deps --target $(TRITON) triton==3.6.0
 	PYTHONPATH=$(TRITON) $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_triton.py tests/test_triton_adamw.py tests/test_triton_compile.py
 
-# In an environment of its own, which sees the packages of $(VENV), and in its folder, where no sources shadow what was
-# installed. Leaks are not looked for: Python leaves objects at exit.
-SANITIZED := build/sanitize
-CPU_TESTS := $(addprefix $(CURDIR)/tests/test_,attention.py attention_bias.py embedding.py layer_norm.py gelu.py linear.py cross_entropy.py optim.py)
-sanitize: $(VENV)/.test         ## tests of the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
-	test -x $(SANITIZED)/bin/python || $(BIN)/python -m venv --without-pip $(SANITIZED)
+# $(call build-beside,FOLDER,OPTIONS): another build of the package in FOLDER, an environment of its own that sees the packages
+# of $(VENV). Tests run in that folder, where no sources shadow what was installed.
+define build-beside
+	test -x $(1)/bin/python || $(BIN)/python -m venv --without-pip $(1)
 	$(BIN)/python -c "import sys; print(*filter(lambda path: path.endswith('site-packages'), sys.path), sep='\n')" \
-	  > $$($(SANITIZED)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/packages.pth
-	PYGPT_CUDA=off $(PIP) --python $(SANITIZED)/bin/python install -q --no-build-isolation --no-deps --force-reinstall \
-	  -Cbuild-dir=$(SANITIZED)/cmake -Ccmake.define.PYGPT_SANITIZE=ON .
-	cd $(SANITIZED) && export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
-	  && bin/python -c "import pygpt._C" \
-	  && bin/python -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) --timeout 1800 -p no:cacheprovider $(CPU_TESTS)
+	  > $$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/packages.pth
+	PYGPT_CUDA=off $(PIP) --python $(1)/bin/python install -q --no-build-isolation --no-deps --force-reinstall \
+	  -Cbuild-dir=$(1)/cmake $(addprefix -Ccmake.define.,$(2)) .
+endef
+TEST_BESIDE := bin/python -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -p no:cacheprovider
+cpu-tests = $(foreach name,$(1),$(CURDIR)/tests/test_$(name).py)
+
+# Leaks are not looked for: Python leaves objects at exit.
+SANITIZED := build/sanitize
+UNDER_SANITIZERS = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)"
+sanitize: $(VENV)/.test         ## tests of the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
+	$(call build-beside,$(SANITIZED),PYGPT_SANITIZE=ON)
+	cd $(SANITIZED) && export $(UNDER_SANITIZERS) && bin/python -c "import pygpt._C" && $(TEST_BESIDE) --timeout 1800 \
+	  $(call cpu-tests,attention attention_bias embedding layer_norm gelu linear cross_entropy optim)
+
+# On a processor with AVX-512 BF16; SANITIZE=1 also with the sanitizers.
+EMULATED := build/amx$(if $(SANITIZE),-sanitize)
+test-amx: $(VENV)/.test         ## tests of attention for AMX, on an emulation of its instructions
+	$(call build-beside,$(EMULATED),PYGPT_AMX_EMULATED=ON $(if $(SANITIZE),PYGPT_SANITIZE=ON))
+	cd $(EMULATED) && $(if $(SANITIZE),export $(UNDER_SANITIZERS) &&) $(TEST_BESIDE) $(if $(SANITIZE),--timeout 1800,-n 2) \
+	  $(call cpu-tests,amx attention attention_bias)
 
 lint: $(VENV)/.dev              ## formatting, lint, types
 	$(BIN)/ruff check .

@@ -3,9 +3,11 @@
 #include "cpu/attention.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cpu/tensor.h"
 
+#define PYGPT_KERNELS_FOR_AMX
 #define PYGPT_KERNELS "cpu/attention_backward_kernel.h"
 #include "cpu/foreach_isa.h"
 
@@ -110,6 +112,24 @@ HeadView<const T> view(const Tensor& x) {
   return {static_cast<const T*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
 }
 
+template <class T>
+auto forward_kernel() {
+#if PYGPT_X86_LEVELS
+  if constexpr (std::is_same_v<T, bf16>)
+    if (capability() >= Capability::amx) return amx::attention_forward<T>;
+#endif
+  return PYGPT_DISPATCH(attention_forward<T>);
+}
+
+template <class T>
+auto backward_kernel() {
+#if PYGPT_X86_LEVELS
+  if constexpr (std::is_same_v<T, bf16>)
+    if (capability() >= Capability::amx) return amx::attention_backward<T>;
+#endif
+  return PYGPT_DISPATCH(attention_backward<T>);
+}
+
 Tensor workspace(const Tensor& like, int64_t floats) { return new_empty(like, {floats}, ScalarType::Float); }
 
 template <class T>
@@ -121,7 +141,7 @@ void forward(const AttentionShape& shape, const Tensor& q, const Tensor& k, cons
   const int64_t parts = threads_for(4.0 * shape.H * shape.pairs * shape.D);
   Tensor space = workspace(q, parts * size);
   float* base = space.mutable_data_ptr<float>();
-  const auto kernel = PYGPT_DISPATCH(attention_forward<T>);
+  const auto kernel = forward_kernel<T>();
   torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
     for (int64_t part = first; part < last; ++part)
       kernel(shape, view<T>(q), view<T>(k), view<T>(v), out, lse, base + part * size,
@@ -167,7 +187,7 @@ void backward(const AttentionShape& shape, const BackwardInputs<T>& in, const Ba
   const int64_t heads = shape.B * shape.H, q_blocks = shape.query_blocks(), k_blocks = shape.key_blocks();
   const int64_t size = shape.backward_workspace();
   const int64_t threads = threads_for(10.0 * shape.H * shape.pairs * shape.D);
-  const auto kernel = PYGPT_DISPATCH(attention_backward<T>);
+  const auto kernel = backward_kernel<T>();
   const bool by_head = 5 * ((heads + threads - 1) / threads) * threads <= 7 * heads;
   const int64_t parts = by_head ? std::min(threads, heads) : threads;
   Tensor space = workspace(like, parts * size);

@@ -5,22 +5,53 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if PYGPT_X86_LEVELS
+#include <cpuid.h>
+#endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace pygpt {
 namespace {
 
-constexpr const char* kNames[] = {"default", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* kNames[] = {"default", "avx2", "avx512", "avx512_bf16", "amx"};
 
-int best() {
+#if PYGPT_X86_LEVELS
+// Whether the processor has AMX tiles of bfloat16, and the operating system grants them to this process.
+bool has_amx() {
+#ifdef PYGPT_AMX_EMULATED
+  return true;
+#elif defined(__linux__)
+  constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22;
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & (kTile | kBf16)) != (kTile | kBf16)) return false;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+int find_best() {
 #if PYGPT_X86_LEVELS
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
       !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
     return 1;
-  return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+  if (!__builtin_cpu_supports("avx512bf16")) return 2;
+  return has_amx() ? 4 : 3;
 #else
   return 0;
 #endif
+}
+
+int best() {
+  static const int level = find_best();
+  return level;
 }
 
 int level_of(const std::string& name, const char* source) {

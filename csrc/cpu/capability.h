@@ -12,7 +12,7 @@ struct bf16 {
   uint16_t bits;
 };
 
-enum class Capability : int { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+enum class Capability : int { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4 };
 
 // The level in use. Read once from the environment, then only changed by set_capability. Throws std::invalid_argument if
 // the environment asks for a name that the machine lacks.
@@ -26,7 +26,7 @@ std::vector<std::string> available_capabilities();
 }  // namespace pygpt
 
 // The variant of a kernel for the level in use. Kernels are compiled once per level, each in a namespace of its own:
-// see foreach_isa.h.
+// see foreach_isa.h. AMX has a variant of bfloat16 attention alone, which attention.cpp picks by itself.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define PYGPT_X86_LEVELS 1
 #define PYGPT_DISPATCH(...)                                                             \

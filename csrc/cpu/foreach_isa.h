@@ -14,6 +14,8 @@
 
 #if PYGPT_X86_LEVELS
 #include <immintrin.h>
+
+#include "cpu/amx.h"
 #endif
 
 #define PYGPT_ISA baseline
@@ -54,6 +56,16 @@
 #include PYGPT_KERNELS
 #undef PYGPT_ISA
 #undef PYGPT_LANES
+#ifdef PYGPT_KERNELS_FOR_AMX  // a file that has variants for AMX defines it; there the level is one more
+#define PYGPT_ISA amx
+#define PYGPT_LANES 16
+#define PYGPT_AMX 1
+#include "cpu/simd.h"
+#include PYGPT_KERNELS
+#undef PYGPT_ISA
+#undef PYGPT_LANES
+#undef PYGPT_AMX
+#endif
 #undef PYGPT_AVX512_BF16
 #pragma GCC pop_options
 
