@@ -114,7 +114,7 @@ HeadView<const T> view(const Tensor& x) {
 
 template <class T>
 auto forward_kernel() {
-#if PYGPT_X86_LEVELS
+#ifdef PYGPT_AMX_LEVEL
   if constexpr (std::is_same_v<T, bf16>)
     if (capability() >= Capability::amx) return amx::attention_forward<T>;
 #endif
@@ -123,7 +123,7 @@ auto forward_kernel() {
 
 template <class T>
 auto backward_kernel() {
-#if PYGPT_X86_LEVELS
+#ifdef PYGPT_AMX_LEVEL
   if constexpr (std::is_same_v<T, bf16>)
     if (capability() >= Capability::amx) return amx::attention_backward<T>;
 #endif

@@ -18,7 +18,7 @@ namespace {
 
 constexpr const char* kNames[] = {"default", "avx2", "avx512", "avx512_bf16", "amx"};
 
-#if PYGPT_X86_LEVELS
+#ifdef PYGPT_AMX_LEVEL
 // Whether the processor has AMX tiles of bfloat16, and the operating system grants them to this process.
 bool has_amx() {
 #ifdef PYGPT_AMX_EMULATED
@@ -43,7 +43,10 @@ int find_best() {
       !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
     return 1;
   if (!__builtin_cpu_supports("avx512bf16")) return 2;
-  return has_amx() ? 4 : 3;
+#ifdef PYGPT_AMX_LEVEL
+  if (has_amx()) return 4;
+#endif
+  return 3;
 #else
   return 0;
 #endif

@@ -26,9 +26,13 @@ std::vector<std::string> available_capabilities();
 }  // namespace pygpt
 
 // The variant of a kernel for the level in use. Kernels are compiled once per level, each in a namespace of its own:
-// see foreach_isa.h. AMX has a variant of bfloat16 attention alone, which attention.cpp picks by itself.
+// see foreach_isa.h. AMX has a variant of bfloat16 attention alone, which attention.cpp picks by itself, and is left out
+// where the assembler does not know it.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define PYGPT_X86_LEVELS 1
+#ifdef PYGPT_WITH_AMX
+#define PYGPT_AMX_LEVEL 1
+#endif
 #define PYGPT_DISPATCH(...)                                                             \
   (::pygpt::capability() >= ::pygpt::Capability::avx512_bf16 ? avx512_bf16::__VA_ARGS__ \
    : ::pygpt::capability() >= ::pygpt::Capability::avx512    ? avx512::__VA_ARGS__      \

@@ -14,7 +14,8 @@
 
 #if PYGPT_X86_LEVELS
 #include <immintrin.h>
-
+#endif
+#ifdef PYGPT_AMX_LEVEL
 #include "cpu/amx.h"
 #endif
 
@@ -56,7 +57,7 @@
 #include PYGPT_KERNELS
 #undef PYGPT_ISA
 #undef PYGPT_LANES
-#ifdef PYGPT_KERNELS_FOR_AMX  // a file that has variants for AMX defines it; there the level is one more
+#if defined(PYGPT_AMX_LEVEL) && defined(PYGPT_KERNELS_FOR_AMX)  // defined by a file whose kernels have variants for it
 #define PYGPT_ISA amx
 #define PYGPT_LANES 16
 #define PYGPT_AMX 1
