@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pygpt import ops
 from pygpt.ops import backends
-from pygpt.ops.linear import ONEDNN_IS_FASTER
+from pygpt.ops.linear import ONEDNN_ADDS_BIAS, ONEDNN_IS_FASTER, add_matmul_tn_
 
 
 @pytest.fixture
@@ -27,17 +27,18 @@ def uses_onednn(y: torch.Tensor) -> bool:
     return type(y.grad_fn).__name__ == "_LinearBackward"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("shape", [(16, 8, 8), (3, 7, 5, 11), (40, 33, 17), (40, 17, 33), (16, 1, 1)], ids=str)
-def test_matches_float64(whatever_size, shape, with_bias):
+def test_matches_float64(whatever_size, shape, with_bias, dtype):
     *batch, K, N = shape
-    x, weight = leaf(*batch, K), leaf(N, K, seed=1)
-    bias = leaf(N, seed=2) if with_bias else None
+    x, weight = leaf(*batch, K, dtype=dtype), leaf(N, K, dtype=dtype, seed=1)
+    bias = leaf(N, dtype=dtype, seed=2) if with_bias else None
     y = ops.linear(x, weight, bias)
-    assert uses_onednn(y) == ONEDNN_IS_FASTER
+    assert uses_onednn(y) == (ONEDNN_IS_FASTER if dtype == torch.float32 else ONEDNN_ADDS_BIAS and with_bias)
     reference = [double(t) for t in (x, weight, bias)]
     expected = F.linear(*reference)
-    cotangent = leaf(*y.shape, seed=3).detach()
+    cotangent = leaf(*y.shape, dtype=dtype, seed=3).detach()
     y.backward(cotangent)
     expected.backward(cotangent.double())
     assert_close(y, expected)
@@ -57,14 +58,32 @@ def test_strided_inputs_and_outer_gradients(whatever_size):
     assert_close(base.grad, rb.grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [torch.randn(40, 3)[:, 1], torch.ones(1), torch.randn(1, 40), torch.randn(20, 40)])
+def test_bias_that_is_not_plain(whatever_size, bias, dtype):
+    x, weight, bias = leaf(20, 16, dtype=dtype), leaf(40, 16, dtype=dtype, seed=1), bias.to(dtype)
+    assert_close(ops.linear(x, weight, bias), F.linear(double(x), double(weight), double(bias)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_gradient_of_one_input_only(whatever_size, which):
-    inputs = [leaf(20, 6).detach(), leaf(4, 6, seed=1).detach(), leaf(4, seed=2).detach()]
+def test_gradient_of_one_input_only(whatever_size, which, dtype):
+    inputs = [leaf(*shape, dtype=dtype, seed=seed).detach() for seed, shape in enumerate([(20, 6), (4, 6), (4,)])]
     inputs[which].requires_grad_()
-    ops.linear(*inputs).square().sum().backward()
+    cotangent = leaf(20, 4, dtype=dtype, seed=3).detach()
+    ops.linear(*inputs).backward(cotangent)
     reference = [double(t) for t in inputs]
-    F.linear(*reference).square().sum().backward()
+    F.linear(*reference).backward(cotangent.double())
     assert_close(inputs[which].grad, reference[which].grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("N", [5, 4096, 4097, 4200, 4225])
+def test_products_added_in_parts(whatever_size, N, dtype):
+    a, b, out = (leaf(*shape, dtype=dtype, seed=seed).detach() for seed, shape in enumerate([(24, N), (24, 200), (N, 200)]))
+    expected = out.double() + a.double().t() @ b.double()
+    add_matmul_tn_(out, a, b)
+    assert_close(out, expected, dtype, floor=math.sqrt(24))
 
 
 needs_extension = pytest.mark.skipif(backends.extension is None, reason="pygpt._C is not built")
@@ -148,7 +167,10 @@ def test_what_stays_with_pytorch():
     assert uses_onednn(ops.linear(x, weight)) == ONEDNN_IS_FASTER
     assert not uses_onednn(ops.linear(x, weight[:95]))  # a small product
     assert not uses_onednn(ops.linear(x[:2], weight))  # few rows
-    assert not uses_onednn(ops.linear(x.bfloat16(), weight.bfloat16()))
+    large, many = leaf(2048, 512).bfloat16(), leaf(256, 512, seed=1).bfloat16()
+    assert uses_onednn(ops.linear(large, many, many[0, :256])) == ONEDNN_ADDS_BIAS
+    assert not uses_onednn(ops.linear(large, many))  # no bias to add
+    assert not uses_onednn(ops.linear(large, many[:255], many[0, :255]))  # a small product
     assert not uses_onednn(ops.linear(x.double(), weight.double()))
     with torch.autocast("cpu", torch.bfloat16):
         assert ops.linear(x, weight).dtype == torch.bfloat16

@@ -9,6 +9,7 @@ place.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ backends.register("linear_cross_entropy", cpp=(torch.float32, torch.bfloat16))
 
 CHUNK_BYTES = 48 << 20  # logits held at a time, the largest part of a workspace of less than 64 MB
 GPU_CHUNK_BYTES = 128 << 20  # a chunk reads and writes all of the gradient of weight: fewer, where memory allows
+TILE = 16  # rows of which the library's products go through their fast path
 
 
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
@@ -104,10 +106,12 @@ def _check_range(targets: Tensor, V: int, ignore_index: int) -> None:
 
 
 def _chunks(tokens: int, V: int, itemsize: int, backend: str) -> list[tuple[int, int]]:
-    """Begin and end of chunks about equally long."""
-    most = max(16, (GPU_CHUNK_BYTES if backend == "triton" else CHUNK_BYTES) // (itemsize * max(V, 1)))
-    chunks = -(-tokens // most)
-    return [(tokens * i // chunks, tokens * (i + 1) // chunks) for i in range(chunks)]
+    """Begin and end of chunks about equally long, in whole tiles: other numbers of rows cost a product up to a third more."""
+    bytes_ = GPU_CHUNK_BYTES if backend == "triton" else CHUNK_BYTES
+    tiles = -(-tokens // TILE)
+    chunks = -(-tiles // max(1, bytes_ // (TILE * itemsize * max(V, 1))))
+    edges = [min(tokens, TILE * (tiles * i // chunks)) for i in range(chunks + 1)] if chunks else []
+    return list(itertools.pairwise(edges))
 
 
 # A chunk's rows: logits (rows, V), targets (rows,), factor of the gradients or None where none are wanted -> losses, 0 where

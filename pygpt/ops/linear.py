@@ -1,9 +1,11 @@
-"""Linear layers: few rows by a kernel of ours, float32 through the faster of torch's two GEMM libraries, the rest as they are.
+"""Linear layers: few rows by a kernel of ours, others through what is fastest of torch's own libraries.
 
 Generation multiplies a row or a few with every weight, in the time that reading the weights takes; the kernel reads them at
 the memory's pace, the libraries at half of it or two thirds. On x86 CPUs torch computes float32 products with MKL, which on
 processors that are not Intel's reaches less than half of what oneDNN, in every torch as well, does on the same machine. So
-there these products go through oneDNN; everywhere else this is `F.linear` (bench/LOG.md has the figures).
+there these products go through oneDNN. In bfloat16 F.linear goes through oneDNN itself, but copies the bias to all rows of
+the result first; so do the larger of these products here, with the bias added on the way. Everywhere else this is
+`F.linear` (bench/LOG.md has the figures).
 """
 
 from __future__ import annotations
@@ -17,23 +19,23 @@ from torch import Tensor
 from pygpt.ops import backends
 from pygpt.ops.autograd import first_order
 
-SLICE_BYTES = 8 << 20  # of a product that is added to another tensor
-SMALL_PRODUCT = 3 << 19  # multiplications below which oneDNN does not win back what getting there costs
+SLICE_BYTES = 3 << 20  # of a float32 product that is added to another tensor
+TILE, WIDE = 64, 4096  # of a product of more than 4,096 rows, those that fill no tile of 64 are computed apart
+# Multiplications of a product below which a function of our own does not win back what it costs.
+SMALL_PRODUCT = {torch.float32: 3 << 19, torch.bfloat16: 1 << 28}
 MIN_ROWS = 16  # of a product for a library; what has fewer is a matter of memory bandwidth
 
-ONEDNN_IS_FASTER = (
-    backends.extension is not None
-    and backends.extension.prefers_onednn()
-    and torch.backends.mkldnn.is_available()
-    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-)
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+ONEDNN_IS_FASTER = ONEDNN and backends.extension is not None and backends.extension.prefers_onednn()
+ONEDNN_ADDS_BIAS = ONEDNN and backends.extension is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 backends.register("linear", cpp=(torch.float32, torch.bfloat16))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias, as `F.linear`: x (..., K), weight (N, K), bias (N,) or None -> (..., N). Its errors too.
 
-    On the CPU a product of fewer than 1.5 million multiplications is F.linear itself, unless a backend is forced."""
+    On the CPU a product of fewer than 1.5 million multiplications, in bfloat16 268 million, is F.linear itself, unless a
+    backend is forced."""
     if (
         backends.choose("linear", x) == "eager"
         or x.dim() < 2
@@ -53,8 +55,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if few_rows and (bias is None or (bias.is_cpu and bias.shape == weight.shape[:1])):
             return torch.ops.pygpt.linear_few_rows.default(x, weight, bias)
         return F.linear(x, weight, bias)
-    small = x.numel() * weight.shape[0] < SMALL_PRODUCT and backends.automatic_on_cpu(x)
-    if x.dtype != torch.float32 or not ONEDNN_IS_FASTER or x.numel() == 0 or small:
+    faster = ONEDNN_IS_FASTER if x.dtype == torch.float32 else ONEDNN_ADDS_BIAS and bias is not None
+    small = x.numel() * weight.shape[0] < SMALL_PRODUCT[x.dtype] and backends.automatic_on_cpu(x)
+    # oneDNN takes the memory of a bias as it lies, whatever its strides are.
+    plain = bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous())
+    if not faster or not plain or small or x.numel() == 0:
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias) if with_grad else _onednn(x, weight, bias)
 
@@ -66,12 +71,18 @@ def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
 
 def add_matmul_tn_(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out (N, K) += a.T @ b for matrices a (M, N) and b (M, K) of any strides, outside autograd."""
-    if not _by_onednn(a, b):
-        out.addmm_(a.t(), b)
+    if _by_onednn(a, b):
+        rows = max(MIN_ROWS, SLICE_BYTES // (out.shape[1] * out.itemsize))
+        columns = b.t().contiguous()  # or oneDNN would copy it for every slice
+        for part, a_t in zip(out.split(rows), a.t().split(rows), strict=True):
+            part += _onednn(a_t, columns, None)  # it has no sum: the slice is added from the cache
         return
-    rows = max(MIN_ROWS, SLICE_BYTES // (out.shape[1] * out.itemsize))  # oneDNN has no sum: the product is added to out
-    for part, columns in zip(out.split(rows), a.split(rows, dim=1), strict=True):
-        part += _onednn(columns.t(), b.t(), None)
+    # The odd rows of a vocabulary apart: they would take all of the product off oneDNN's fast path.
+    apart = out.shape[0] > WIDE and out.is_cpu and not torch.compiler.is_compiling()
+    whole = out.shape[0] // TILE * TILE if apart else out.shape[0]
+    out[:whole].addmm_(a.t()[:whole], b)
+    if whole < out.shape[0]:
+        out[whole:].addmm_(a.t()[whole:], b)
 
 
 def _by_onednn(a: Tensor, b: Tensor) -> bool:
@@ -103,8 +114,10 @@ class _Linear(torch.autograd.Function):
         rows, x_rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])  # (M, N), (M, K)
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = _onednn(rows, weight.t(), None).view_as(x)
-        if ctx.needs_input_grad[1]:
+            grad_x = (rows @ weight if x.dtype != torch.float32 else _onednn(rows, weight.t(), None)).view_as(x)
+        if ctx.needs_input_grad[1] and x.dtype != torch.float32:
+            grad_weight = rows.t() @ x_rows
+        elif ctx.needs_input_grad[1]:
             # (N, M) by (M, K). oneDNN copies its first operand where it is transposed: let that be the smaller one.
             if rows.shape[1] <= x_rows.shape[1]:
                 grad_weight = _onednn(rows.t(), x_rows.t(), None)
