@@ -180,7 +180,7 @@ class Generation:
 
     def _encode_prompts(self) -> Tensor:
         """Each prompt once, whatever the number of samples -> hidden states of the last tokens."""
-        weight, n = self.model.lm_head.weight, self.num_samples
+        weight, n = self.model.transformer.wte.weight, self.num_samples
         autocast = torch.is_autocast_enabled(weight.device.type)
         dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
         longest = max(map(len, self.tokens))

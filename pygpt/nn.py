@@ -47,6 +47,28 @@ class Linear(nn.Linear):
         return ops.linear(x, self.weight, self.bias)
 
 
+class Int8Linear(nn.Module):
+    """A linear layer for generation, made from another one's weight: int8 (N, K), and float32 (N,) the scale of each row."""
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight, scale = ops.quantize_int8(linear.weight)
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K) -> (..., N)."""
+        return ops.linear_int8(x, self.weight, self.scale, self.bias)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight as this layer multiplies with it, (N, K)."""
+        return (self.weight * self.scale[:, None]).to(dtype)
+
+
 class KVCache:
     """Keys and values of the tokens seen so far, for generation: allocated once, filled as tokens arrive.
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pygpt.errors import InputError, MissingFileError
+from pygpt.nn import Int8Linear
 from pygpt.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ def save(model: GPT | Classifier, path: str | Path, **settings: Any) -> None:
     folder = Path(path)
     if any(".lora_" in name for name, _ in model.named_parameters()):
         raise InputError("the model has LoRA adapters: merge them before it is saved (pygpt.train.lora.merge_lora)")
+    if any(isinstance(module, Int8Linear) for module in model.modules()):
+        raise InputError("the model has weights of 8 bits (GPT.to_int8): save the one it was made from")
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     if not model.config.bias:

@@ -115,14 +115,14 @@ def test_the_baseline_is_the_same_model():
     assert torch.equal(ours.generate(prompt, 30, temperature=0), model._without_cache(plain, prompt, 30))
 
 
-@pytest.mark.parametrize("side", ["transformers", "CTranslate2 int8"])
+@pytest.mark.parametrize("side", ["pygpt int8", "transformers", "CTranslate2 int8"])
 def test_peers_of_decoding_give_as_many_tokens(side):
     try:
         call = model.build("decode", side, "nano", 2, 3, torch.float32, "cpu")
     except model.NotInstalledError:
         pytest.skip(f"{side} is not installed")
     out = call()
-    if side == "transformers":
+    if side != "CTranslate2 int8":
         assert out.shape == (2, model.PROMPT + 3)
     else:
         assert [len(result.sequences_ids[0]) for result in out] == [3, 3]
@@ -181,5 +181,6 @@ def test_who_takes_part():
         ("torch.compile", "as it comes"),
         ("torch.compile", "tuned"),
     ]
+    assert contestants(Case("decode", ("gpt2", 1, 64), "bfloat16", "greedy"), config)[1] == ("pygpt int8", "tuned")
     on_gpu = contestants(Case("decode", ("gpt2", 1, 64), "bfloat16", "greedy", "cuda"), config)
     assert on_gpu == [("pygpt", "as it comes"), ("eager", "as it comes"), ("transformers", "as it comes")]

@@ -116,6 +116,15 @@ def test_settings_of_generate_reach_the_model(learned, capsys):
     assert len(set(texts)) == 6
 
 
+def test_generate_with_weights_of_8_bits(learned, capsys, monkeypatch):
+    built = []
+    monkeypatch.setattr(GPT, "to_int8", lambda self, made=GPT.to_int8: built.append(made(self)) or built[0])
+    arguments = ["generate", str(learned), "--prompt", "#Q:a", "--temperature", "0", "--max-new-tokens", "8"]
+    assert main([*arguments, "--int8", "--device", "cpu"]) == 0
+    text = generate_text(built[0], TOKENIZER, ["#Q:a"], 8, temperature=0)[0]
+    assert capsys.readouterr().out == f"#Q:a{text}\n"
+
+
 def test_chat_remembers_and_forgets(talk):
     answers, err = talk("hi\nmore\n\n  \n/reset\nmore\nname\n/quit\nhi\n")
     assert answers[:3] == [

@@ -57,6 +57,23 @@ def test_loss_is_that_of_transformers_on_the_same_windows(tmp_path, batch_size):
     assert result.bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=1e-5)
 
 
+def test_weights_of_8_bits(tmp_path, capsys):
+    random_model(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    loss = evaluate(EvaluateConfig(run=tmp_path, text=tmp_path / "text.txt", device="cpu")).loss
+    small = GPT.from_pretrained(tmp_path).to_int8()
+    ids = torch.tensor(get_tokenizer().encode(TEXT))
+    nats = 0.0
+    for start in range(0, len(ids) - 1, 32):
+        x, y = ids[start : start + 32], ids[start + 1 : start + 33]
+        logp = small(x[None, : len(y)])[0][0].log_softmax(-1)
+        nats -= logp[torch.arange(len(y)), y].sum().item()
+    expected = nats / (len(ids) - 1)
+    assert expected != pytest.approx(loss, rel=1e-6)
+    assert main(["eval", str(tmp_path), "--text", str(tmp_path / "text.txt"), "--int8", "--device", "cpu"]) == 0
+    assert f"loss {expected:.4f}" in capsys.readouterr().out
+
+
 def test_a_single_prediction(tmp_path):
     """Two tokens, one of which is predicted; and no fewer."""
     tokenizer = CharTokenizer("abc")

@@ -80,7 +80,9 @@ def test_gradient_of_one_input_only(whatever_size, which, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("N", [5, 4096, 4097, 4200, 4225])
 def test_products_added_in_parts(whatever_size, N, dtype):
-    a, b, out = (leaf(*shape, dtype=dtype, seed=seed).detach() for seed, shape in enumerate([(24, N), (24, 200), (N, 200)]))
+    a, b, out = (
+        leaf(*shape, dtype=dtype, seed=seed).detach() for seed, shape in enumerate([(24, N), (24, 200), (N, 200)])
+    )
     expected = out.double() + a.double().t() @ b.double()
     add_matmul_tn_(out, a, b)
     assert_close(out, expected, dtype, floor=math.sqrt(24))

@@ -2,6 +2,10 @@
 
 #include "cpu/tensor.h"
 
+#include <bit>
+#include <type_traits>
+#include <vector>
+
 #define PYGPT_KERNELS "cpu/linear_kernel.h"
 #include "cpu/foreach_isa.h"
 
@@ -10,14 +14,16 @@ namespace {
 
 constexpr int64_t kGrainBytes = 65536;  // of weights, that a thread takes at least
 
-Tensor linear_few_rows(Tensor x, Tensor weight, std::optional<Tensor> bias) {
-  PYGPT_CHECK(x.dim() >= 1 && weight.dim() == 2 && x.size(x.dim() - 1) == weight.size(1),
-              "linear_few_rows: weight must be (N, K) for x (..., K)");
-  PYGPT_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0)), "linear_few_rows: bias must be (N,)");
-  const ScalarType dtype = x.scalar_type();
-  PYGPT_CHECK((dtype == ScalarType::Float || dtype == ScalarType::BFloat16) && weight.scalar_type() == dtype &&
-                  (!bias || bias->scalar_type() == dtype),
-              "linear_few_rows: x, weight and bias must all be float32, or all bfloat16");
+const float* as_float(const float* p, int64_t, std::vector<float>&) { return p; }
+const float* as_float(const bf16* p, int64_t count, std::vector<float>& to) {
+  to.resize(count);
+  for (int64_t i = 0; i < count; ++i) to[i] = std::bit_cast<float>(static_cast<uint32_t>(p[i].bits) << 16);
+  return to.data();
+}
+
+// x (..., K) in T, weight (N, K) in W, scale float32 (N,) or none, bias (N,) in T or none -> (..., N) in T.
+template <class T, class W>
+Tensor run(Tensor x, Tensor weight, const std::optional<Tensor>& scale, std::optional<Tensor> bias) {
   x = as_contiguous(x);
   weight = as_contiguous(weight);
   if (bias) bias = as_contiguous(*bias);
@@ -26,23 +32,59 @@ Tensor linear_few_rows(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   for (int64_t i = 0; i < x.dim(); ++i) sizes[i] = x.size(i);
   for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= sizes[i];
   sizes[x.dim() - 1] = N;
-  Tensor y = new_empty(x, sizes, x.dim(), dtype);
-  const auto run = [&]<class T>(T) {
-    const auto kernel = PYGPT_DISPATCH(linear_few_rows<T>);
-    const T *in = static_cast<const T*>(x.const_data_ptr()), *w = static_cast<const T*>(weight.const_data_ptr());
-    const T* b = bias ? static_cast<const T*>(bias->const_data_ptr()) : nullptr;
-    T* out = static_cast<T*>(y.mutable_data_ptr());
-    const int64_t grain = 1 + kGrainBytes / std::max<int64_t>(K * sizeof(T), 1);
+  Tensor y = new_empty(x, sizes, x.dim(), x.scalar_type());
+  const W* w = static_cast<const W*>(weight.const_data_ptr());
+  const float* s = scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr;
+  const T* b = bias ? static_cast<const T*>(bias->const_data_ptr()) : nullptr;
+  T* out = static_cast<T*>(y.mutable_data_ptr());
+  const auto over_columns = [&]<class X>(const X* in) {
+    const auto kernel = PYGPT_DISPATCH(linear_few_rows<X, W, T>);
+    const int64_t grain = 1 + kGrainBytes / std::max<int64_t>(K * sizeof(W), 1);
     torch::stable::parallel_for(0, N, grain, [&](int64_t begin, int64_t end) {
-      kernel(in, w + begin * K, b ? b + begin : nullptr, out + begin, rows, end - begin, K, N);
+      kernel(in, w + begin * K, s ? s + begin : nullptr, b ? b + begin : nullptr, out + begin, rows, end - begin, K, N);
     });
   };
-  dtype == ScalarType::Float ? run(float{}) : run(bf16{});
+  const T* in = static_cast<const T*>(x.const_data_ptr());
+  if constexpr (std::is_same_v<W, T>) {
+    over_columns(in);
+  } else {
+    std::vector<float> converted;
+    over_columns(as_float(in, rows * K, converted));
+  }
   return y;
+}
+
+void check(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  PYGPT_CHECK(x.dim() >= 1 && weight.dim() == 2 && x.size(x.dim() - 1) == weight.size(1), op,
+              ": weight must be (N, K) for x (..., K)");
+  PYGPT_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0)), op, ": bias must be (N,)");
+}
+
+Tensor linear_few_rows(Tensor x, Tensor weight, std::optional<Tensor> bias) {
+  check("linear_few_rows", x, weight, bias);
+  const ScalarType dtype = x.scalar_type();
+  PYGPT_CHECK((dtype == ScalarType::Float || dtype == ScalarType::BFloat16) && weight.scalar_type() == dtype &&
+                  (!bias || bias->scalar_type() == dtype),
+              "linear_few_rows: x, weight and bias must all be float32, or all bfloat16");
+  return (dtype == ScalarType::Float ? run<float, float> : run<bf16, bf16>)(x, weight, std::nullopt, bias);
+}
+
+Tensor linear_int8(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> bias) {
+  check("linear_int8", x, weight, bias);
+  const ScalarType dtype = x.scalar_type();
+  PYGPT_CHECK((dtype == ScalarType::Float || dtype == ScalarType::BFloat16) && (!bias || bias->scalar_type() == dtype),
+              "linear_int8: x and bias must both be float32, or both bfloat16");
+  PYGPT_CHECK(weight.scalar_type() == ScalarType::Char && scale.scalar_type() == ScalarType::Float && scale.dim() == 1 &&
+                  scale.size(0) == weight.size(0),
+              "linear_int8: weight must be int8 (N, K), and scale float32 (N,)");
+  return (dtype == ScalarType::Float ? run<float, int8_t> : run<bf16, int8_t>)(x, weight, as_contiguous(scale), bias);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(pygpt, CPU, m) { m.impl("linear_few_rows", TORCH_BOX(&linear_few_rows)); }
+STABLE_TORCH_LIBRARY_IMPL(pygpt, CPU, m) {
+  m.impl("linear_few_rows", TORCH_BOX(&linear_few_rows));
+  m.impl("linear_int8", TORCH_BOX(&linear_int8));
+}
 
 }  // namespace pygpt

@@ -5,13 +5,25 @@
 
 namespace pygpt::PYGPT_ISA {
 
-// How many elements of T a step takes, and the products of a step added to the sums of each lane.
-template <class T>
+// How many elements of a weight row, of type W, a step takes, and the products of a step added to the sums of each lane.
+template <class W>
 constexpr int64_t kProductStep = kLanes;
 PYGPT_INLINE vf add_products(vf sum, vf a, vf b) { return sum + a * b; }
-template <class T>
-PYGPT_INLINE vf load_operand(const T* p, int64_t n) {
+template <class W>
+PYGPT_INLINE vf load_operand(const W* p, int64_t n) {
   return load_step(p, n);
+}
+
+PYGPT_INLINE vf load_operand(const int8_t* p, int64_t n) {
+#if PYGPT_LANES == 16
+  const __m128i bytes = n == kLanes ? _mm_loadu_si128((const __m128i*)p) : _mm_maskz_loadu_epi8(_bzhi_u32(0xffff, n), p);
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+#else
+  typedef int8_t vb __attribute__((vector_size(kLanes)));
+  vb bytes = {};
+  n == kLanes ? std::memcpy(&bytes, p, kLanes) : std::memcpy(&bytes, p, n);
+  return __builtin_convertvector(__builtin_convertvector(bytes, vi), vf);
+#endif
 }
 
 #ifdef PYGPT_AVX512_BF16
@@ -37,11 +49,12 @@ PYGPT_INLINE vf sum_each(vf* v) {
   return v[0];
 }
 
-// y[m][n] = x[m] . weight[n] + bias[n] for M rows of x and N of weight, K elements each; y's rows are y_stride apart. Asks for
-// the memory `ahead` elements further on than the weights.
-template <int M, int N, class T>
-PYGPT_INLINE void linear_tile(const T* x, const T* weight, const T* bias, T* y, int64_t K, int64_t y_stride, int64_t ahead) {
-  constexpr int64_t kStep = kProductStep<T>;
+// y[m][n] = (x[m] . weight[n]) scale[n] + bias[n] for M rows of x and N of weight, K elements each; scale and bias may be null,
+// and y's rows are y_stride apart. Asks for the memory `ahead` elements further on than the weights.
+template <int M, int N, class X, class W, class Y>
+PYGPT_INLINE void linear_tile(const X* x, const W* weight, const float* scale, const Y* bias, Y* y, int64_t K, int64_t y_stride,
+                              int64_t ahead) {
+  constexpr int64_t kStep = kProductStep<W>;
   constexpr int kVectors = (M * N + kLanes - 1) / kLanes;
   vf sum[kVectors * kLanes] = {};
   int64_t k = 0;
@@ -59,48 +72,52 @@ PYGPT_INLINE void linear_tile(const T* x, const T* weight, const T* bias, T* y, 
       for (int m = 0; m < M; ++m)
         sum[m * N + i] = add_products(sum[m * N + i], load_operand(x + m * K + k, K - k), load_operand(weight + i * K + k, K - k));
   }
-  T out[kVectors * kLanes];
-  vf shift = {};
+  Y out[kVectors * kLanes];
+  vf factor = splat(1.0f), shift = {};  // N divides kLanes
+  if (scale)
+    for (int i = 0; i < kLanes; ++i) factor[i] = scale[i % N];
   if (bias)
-    for (int i = 0; i < kLanes; ++i) shift[i] = load(bias + i % N, 1)[0];  // N divides kLanes
+    for (int i = 0; i < kLanes; ++i) shift[i] = load(bias + i % N, 1)[0];
 #pragma GCC unroll 8
-  for (int i = 0; i < kVectors; ++i) store(out + i * kLanes, sum_each(sum + i * kLanes) + shift);
+  for (int i = 0; i < kVectors; ++i) store(out + i * kLanes, sum_each(sum + i * kLanes) * factor + shift);
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) std::memcpy(y + m * y_stride, out + m * N, N * sizeof(T));
-}
-
-// x (rows, K), weight (columns, K), bias (columns) or null -> y, `columns` wide, its rows y_stride apart.
-template <int N, class T>
-PYGPT_INLINE void linear_columns(const T* x, const T* weight, const T* bias, T* y, int64_t rows, int64_t columns, int64_t K,
-                                 int64_t y_stride) {
-  for (int64_t n = 0; n + N <= columns; n += N, weight += N * K, bias += bias ? N : 0, y += N) {
-    const T* in = x;
-    T* out = y;
-    int64_t left = rows, ahead = N * K;
-    for (; left >= 8; left -= 8, in += 8 * K, out += 8 * y_stride, ahead = 0) {
-      for (int i = 0; i < N; i += 2)
-        linear_tile<8, 2>(in, weight + i * K, bias ? bias + i : nullptr, out + i, K, y_stride, ahead);
-    }
-    if (left >= 4) {
-      linear_tile<4, N>(in, weight, bias, out, K, y_stride, ahead);
-      left -= 4, in += 4 * K, out += 4 * y_stride, ahead = 0;
-    }
-    if (left >= 2) {
-      linear_tile<2, N>(in, weight, bias, out, K, y_stride, ahead);
-      left -= 2, in += 2 * K, out += 2 * y_stride, ahead = 0;
-    }
-    if (left) linear_tile<1, N>(in, weight, bias, out, K, y_stride, ahead);
-  }
+  for (int m = 0; m < M; ++m) std::memcpy(y + m * y_stride, out + m * N, N * sizeof(Y));
 }
 
 template <class T>
-void linear_few_rows(const T* x, const T* weight, const T* bias, T* y, int64_t rows, int64_t columns, int64_t K,
+PYGPT_INLINE const T* at(const T* p, int64_t n) {
+  return p ? p + n : nullptr;
+}
+
+// All rows of x by N of weight.
+template <int N, class X, class W, class Y>
+PYGPT_INLINE void linear_rows(const X* x, const W* weight, const float* scale, const Y* bias, Y* y, int64_t rows, int64_t K,
+                              int64_t y_stride, int64_t ahead) {
+  for (; rows >= 8; rows -= 8, x += 8 * K, y += 8 * y_stride, ahead = 0) {
+    constexpr int kPair = N % 2 == 0 ? 2 : 1;
+    for (int i = 0; i < N; i += kPair)
+      linear_tile<8, kPair>(x, weight + i * K, at(scale, i), at(bias, i), y + i, K, y_stride, ahead);
+  }
+  if (rows >= 4) {
+    linear_tile<4, N>(x, weight, scale, bias, y, K, y_stride, ahead);
+    rows -= 4, x += 4 * K, y += 4 * y_stride, ahead = 0;
+  }
+  if (rows >= 2) {
+    linear_tile<2, N>(x, weight, scale, bias, y, K, y_stride, ahead);
+    rows -= 2, x += 2 * K, y += 2 * y_stride, ahead = 0;
+  }
+  if (rows) linear_tile<1, N>(x, weight, scale, bias, y, K, y_stride, ahead);
+}
+
+// x (rows, K), weight (columns, K), scale and bias (columns) or null -> y, `columns` wide, its rows y_stride apart. X and Y are
+// W, but where weights are int8: there x is float, so that it is converted once and not for each tile.
+template <class X, class W, class Y>
+void linear_few_rows(const X* x, const W* weight, const float* scale, const Y* bias, Y* y, int64_t rows, int64_t columns, int64_t K,
                      int64_t y_stride) {
-  linear_columns<4>(x, weight, bias, y, rows, columns, K, y_stride);
-  const int64_t done = columns / 4 * 4;
-  for (int64_t n = done; n < columns; ++n)
-    for (int64_t row = 0; row < rows; ++row)
-      linear_tile<1, 1>(x + row * K, weight + n * K, bias ? bias + n : nullptr, y + row * y_stride + n, K, y_stride, 0);
+  int64_t n = 0;
+  for (; n + 4 <= columns; n += 4)
+    linear_rows<4>(x, weight + n * K, at(scale, n), at(bias, n), y + n, rows, K, y_stride, 4 * K);
+  for (; n < columns; ++n) linear_rows<1>(x, weight + n * K, at(scale, n), at(bias, n), y + n, rows, K, y_stride, 0);
 }
 
 }  // namespace pygpt::PYGPT_ISA

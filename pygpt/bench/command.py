@@ -171,9 +171,9 @@ def contestants(case: Case, config: BenchConfig) -> list[tuple[str, str]]:
     for peer in peers:
         if peer == "torch.compile" and (not config.compile or case.op == "adamw"):
             continue
-        if peer == "CTranslate2 int8" and (config.quick or case.device != "cpu" or case.dtype != config.dtypes[-1]):
-            continue  # it takes a while to convert, and has but one way, which is shown beside the last dtype
-        sides += [(peer, kind) for kind in reversed(kinds)]
+        if peer.endswith("int8") and (config.quick or case.device != "cpu" or case.dtype != config.dtypes[-1]):
+            continue  # the weights take a while to convert, and have but one form, which is shown beside the last dtype
+        sides += [(peer, kind) for kind in (kinds[:1] if peer == "pygpt int8" else reversed(kinds))]
     return sides
 
 

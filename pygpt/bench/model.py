@@ -1,8 +1,8 @@
 """The whole model, GPT-2's architecture on random weights: one training step, or greedy generation, by pygpt and by its peers.
 
 A training step is forward, backward, clipping and AdamW on random tokens. In bfloat16 the peers train as nanoGPT does:
-float32 weights under autocast. Generation continues a prompt; the eager peer, like nanoGPT, has no KV cache, transformers
-and CTranslate2 have one.
+float32 weights under autocast. Generation continues a prompt; "pygpt int8" is `GPT.to_int8`, the eager peer, like nanoGPT,
+has no KV cache, transformers and CTranslate2 have one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PROMPT = 32  # tokens
 # Peers by job, in the order of the tables, and the dtypes in which they are asked.
 PEERS = {
     "training": ("eager", "torch.compile"),
-    "decode": ("eager", "transformers", "CTranslate2 int8"),
+    "decode": ("pygpt int8", "eager", "transformers", "CTranslate2 int8"),
 }
 
 
@@ -55,10 +55,12 @@ def build(
     idx = idx.to(device)
     if side == "transformers":
         return _transformers(config, idx, tokens, dtype)
-    model: Any = (GPT(config) if side == "pygpt" else _baseline(config)).to(device, dtype).eval()
-    if side == "pygpt":
-        return lambda: model.generate(idx, tokens, temperature=0)
-    return lambda: _without_cache(model, idx, tokens)
+    if side == "eager":
+        peer = _baseline(config).to(device, dtype).eval()
+        return lambda: _without_cache(peer, idx, tokens)
+    ours = GPT(config).to(device, dtype).eval()
+    ours = ours.to_int8() if side == "pygpt int8" else ours
+    return lambda: ours.generate(idx, tokens, temperature=0)
 
 
 def _baseline(config: GPTConfig) -> baseline.GPT:

@@ -7,6 +7,7 @@ from pygpt.ops.embedding import embedding, embedding_backward_
 from pygpt.ops.gelu import gelu
 from pygpt.ops.layer_norm import add_layer_norm, layer_norm
 from pygpt.ops.linear import linear
+from pygpt.ops.linear_int8 import linear_int8, quantize_int8
 
 __all__ = [
     "adamw_",
@@ -18,4 +19,6 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "linear_int8",
+    "quantize_int8",
 ]

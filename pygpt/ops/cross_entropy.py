@@ -110,8 +110,7 @@ def _chunks(tokens: int, V: int, itemsize: int, backend: str) -> list[tuple[int,
     bytes_ = GPU_CHUNK_BYTES if backend == "triton" else CHUNK_BYTES
     tiles = -(-tokens // TILE)
     chunks = -(-tiles // max(1, bytes_ // (TILE * itemsize * max(V, 1))))
-    edges = [min(tokens, TILE * (tiles * i // chunks)) for i in range(chunks + 1)] if chunks else []
-    return list(itertools.pairwise(edges))
+    return list(itertools.pairwise([*(TILE * (tiles * i // chunks) for i in range(chunks)), tokens]))
 
 
 # A chunk's rows: logits (rows, V), targets (rows,), factor of the gradients or None where none are wanted -> losses, 0 where

@@ -59,6 +59,8 @@ class EvaluateConfig:
     """A .jsonl file of multiple-choice questions in HellaSwag's format."""
     batch_size: int = 8
     """Sequences in a batch."""
+    int8: bool = False
+    """Measure the model with weights of 8 bits, as `pygpt generate --int8` has it."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, ..."""
 
@@ -67,6 +69,10 @@ class EvaluateConfig:
             raise InputError(
                 "eval needs one of --data (a prepared folder), --text (a text file), --labelled (texts and labels) and "
                 "--choices (multiple-choice questions)"
+            )
+        if self.int8 and self.labelled is not None:
+            raise InputError(
+                "int8 is for language models: a classifier reads labelled texts with its weights as they are"
             )
         if self.batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {self.batch_size}")
@@ -116,6 +122,8 @@ def evaluate(
     folder = resolve_checkpoint(config.run)
     refuse_classifier(folder, "give --labelled FILE")
     model = GPT.from_pretrained(folder).to(device).eval()
+    if config.int8:
+        model = model.to_int8()
     tokenizer = checkpoint_tokenizer(folder, model.config.vocab_size)
     if config.choices is not None:
         questions = read_questions(config.choices)
