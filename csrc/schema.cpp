@@ -58,6 +58,7 @@ STABLE_TORCH_LIBRARY(pygpt, m) {
   // x (..., K), weight (N, K), bias (N,) of one dtype -> x @ weight.T + bias, (..., N): for the few rows of generation; no
   // backward
   m.def("linear_few_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("column_sum(Tensor x) -> Tensor");
   m.def("linear_int8(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor");
 
   // logits (rows, V) contiguous; targets (rows,) int64 -> the rows' losses (rows,) float32, 0 where the target is

@@ -188,3 +188,33 @@ def test_errors_are_those_of_pytorch():
         ops.linear(torch.randn(20, 5), torch.randn(4, 6))
     with pytest.raises(RuntimeError, match="dtype"):
         ops.linear(torch.randn(20, 6), torch.randn(4, 6).double())
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(0, 5), (1, 1), (7, 33), (8, 16), (127, 3), (128, 40), (129, 65), (1000, 100), (3, 0)], ids=str
+)
+def test_column_sum(capability, shape, dtype):
+    x = (torch.randn(shape) + 3).to(dtype)  # a mean, of which bfloat16 sums would lose much
+    before = torch.get_num_threads()
+    sums = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        sums.append(torch.ops.pygpt.column_sum(x))
+    torch.set_num_threads(before)
+    assert sums[0].dtype == dtype
+    assert torch.equal(sums[0], sums[1])
+    assert torch.equal(sums[0], sums[2])
+    exact = x.double().sum(0)
+    torch.testing.assert_close(sums[0].double(), exact, rtol=2**-8 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+    wide = torch.stack([x, x], 2)[:, :, 1]
+    assert torch.equal(torch.ops.pygpt.column_sum(wide), sums[0])
+
+
+@needs_extension
+def test_column_sum_of_wrong_tensors():
+    for wrong in (torch.randn(3), torch.randn(3, 4).double()):
+        with pytest.raises(RuntimeError, match=r"column_sum: x must be \(M, N\), float32 or bfloat16"):
+            torch.ops.pygpt.column_sum(wrong)
+    torch.library.opcheck(torch.ops.pygpt.column_sum.default, (torch.randn(20, 5),))

@@ -1,4 +1,4 @@
-// linear of few rows on the CPU: checks, threads and registration. The arithmetic is linear_kernel.h.
+// linear of few rows, and the gradient of its bias, on the CPU: checks, threads and registration. The arithmetic is linear_kernel.h.
 
 #include "cpu/tensor.h"
 
@@ -80,11 +80,40 @@ Tensor linear_int8(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> 
   return (dtype == ScalarType::Float ? run<float, int8_t> : run<bf16, int8_t>)(x, weight, as_contiguous(scale), bias);
 }
 
+// The gradient of a bias. Sums of kRows rows, then the sum of those: the same bits for any number of threads.
+template <class T>
+Tensor sum_rows(const Tensor& x) {
+  constexpr int64_t kRows = 128;
+  const int64_t rows = x.size(0), columns = x.size(1), blocks = (rows + kRows - 1) / kRows;
+  Tensor y = new_empty(x, {columns}, x.scalar_type());
+  const T* in = static_cast<const T*>(x.const_data_ptr());
+  std::vector<float> sums((blocks + 1) * columns);
+  float* total = sums.data() + blocks * columns;
+  const auto kernel = PYGPT_DISPATCH(add_rows<T>);
+  const int64_t grain = 1 + kGrainBytes / std::max<int64_t>(kRows * columns * sizeof(T), 1);
+  torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * kRows;
+      kernel(in + first * columns, sums.data() + block * columns, std::min(kRows, rows - first), columns);
+    }
+  });
+  PYGPT_DISPATCH(add_rows<float>)(sums.data(), total, blocks, columns);
+  PYGPT_DISPATCH(round_to<T>)(total, static_cast<T*>(y.mutable_data_ptr()), columns);
+  return y;
+}
+
+Tensor column_sum(Tensor x) {
+  PYGPT_CHECK(x.dim() == 2 && (x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16),
+              "column_sum: x must be (M, N), float32 or bfloat16");
+  return (x.scalar_type() == ScalarType::Float ? sum_rows<float> : sum_rows<bf16>)(as_contiguous(x));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pygpt, CPU, m) {
   m.impl("linear_few_rows", TORCH_BOX(&linear_few_rows));
   m.impl("linear_int8", TORCH_BOX(&linear_int8));
+  m.impl("column_sum", TORCH_BOX(&column_sum));
 }
 
 }  // namespace pygpt

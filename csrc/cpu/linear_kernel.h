@@ -1,4 +1,4 @@
-// Linear layers of few rows, for one instruction set (see foreach_isa.h). T: dtype of x, weight and y.
+// Linear layers of few rows, and the gradient of a bias, for one instruction set (see foreach_isa.h).
 //
 // Generation multiplies one row, or a few, with every weight: the time is that of reading the weights once, so what counts is
 // that they stream in. Each tile of weight rows is multiplied with all rows of x while it is in the first-level cache.
@@ -118,6 +118,32 @@ void linear_few_rows(const X* x, const W* weight, const float* scale, const Y* b
   for (; n + 4 <= columns; n += 4)
     linear_rows<4>(x, weight + n * K, at(scale, n), at(bias, n), y + n, rows, K, y_stride, 4 * K);
   for (; n < columns; ++n) linear_rows<1>(x, weight + n * K, at(scale, n), at(bias, n), y + n, rows, K, y_stride, 0);
+}
+
+constexpr int kAddedRows = 16;  // at a time, so that sums, in the first-level cache, are seldom written
+
+template <class T>
+PYGPT_INLINE vf sum_of_rows(const T* p, int64_t columns, int64_t n) {
+  vf sum = load_step(p, n);
+#pragma GCC unroll 16
+  for (int i = 1; i < kAddedRows; ++i) sum += load_step(p + i * columns, n);
+  return sum;
+}
+
+// sums (columns) += each row of x (rows, columns).
+template <class T>
+void add_rows(const T* x, float* sums, int64_t rows, int64_t columns) {
+  for (; rows >= kAddedRows; rows -= kAddedRows, x += kAddedRows * columns) {
+    PYGPT_FOR_LANES(columns, { store_step(sums + i, load_step(sums + i, n) + sum_of_rows(x + i, columns, n), n); })
+  }
+  for (; rows > 0; --rows, x += columns) {
+    PYGPT_FOR_LANES(columns, { store_step(sums + i, load_step(sums + i, n) + load_step(x + i, n), n); })
+  }
+}
+
+template <class T>
+void round_to(const float* x, T* y, int64_t count) {
+  PYGPT_FOR_LANES(count, { store_step(y + i, load_step(x + i, n), n); })
 }
 
 }  // namespace pygpt::PYGPT_ISA
