@@ -25,6 +25,7 @@ OPS = {
     "gelu",
     "linear",
     "linear_cross_entropy",
+    "linear_int8",
     "adamw",
 }
 

@@ -15,6 +15,7 @@ from pygpt import GPT, GPTConfig, ops
 from pygpt.errors import InputError, InputTypeError
 from pygpt.nn import Int8Linear
 from pygpt.ops import backends
+from pygpt.train import lora
 from pygpt.train.evaluate import EvaluateConfig
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -173,5 +174,12 @@ def test_what_eight_bits_cannot_do(tmp_path):
     with pytest.raises(InputError, match=r"8 bits.*save the one it was made from"):
         model().to_int8().save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
+    with pytest.raises(InputTypeError, match=r"scale \(torch.float64\) must be"):
+        model().to_int8().double()(torch.zeros(1, 3, dtype=torch.int64))
+    adapted = model()
+    pytest.importorskip("peft", reason="peft is not installed")
+    lora.add_lora(adapted)
+    with pytest.raises(InputError, match="LoRA adapters: merge them first"):
+        adapted.to_int8()
     with pytest.raises(InputError, match="int8 is for language models"):
         EvaluateConfig(run=tmp_path, labelled=tmp_path / "a.tsv", int8=True)
