@@ -12,12 +12,19 @@ from pygpt.ops import backends, cross_entropy, linear_cross_entropy
 from pygpt.ops.cross_entropy import linear_cross_entropy_reference
 
 
-@pytest.fixture(autouse=True, params=["auto", "eager", "cpp"])  # auto: torch's own ops for such small sizes
+# auto: torch's own ops for such small sizes. The lowest instruction set has no products of bfloat16.
+@pytest.fixture(autouse=True, params=["auto", "eager", "cpp", "cpp lowest"])
 def backend(request):
-    if request.param == "cpp" and backends.extension is None:
+    name, *lowest = request.param.split()
+    if name == "cpp" and backends.extension is None:
         pytest.skip("pygpt._C is not built")
-    with use_backend(request.param):
+    before = backends.extension.cpu_capability() if lowest else ""
+    if lowest:
+        backends.extension.set_cpu_capability(backends.extension.available_cpu_capabilities()[0])
+    with use_backend(name):
         yield
+    if lowest:
+        backends.extension.set_cpu_capability(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -13,29 +14,36 @@ from hypothesis import strategies as st
 
 from pygpt import ops
 from pygpt.ops import backends
-from pygpt.ops.linear import ONEDNN_ADDS_BIAS, ONEDNN_IS_FASTER, add_matmul_tn_
+from pygpt.ops.linear import ONEDNN_ADDS_BIAS, ONEDNN_IS_FASTER, add_matmul_tn_, matmul_nt
+
+linear_module = sys.modules["pygpt.ops.linear"]  # pygpt.ops.linear is the function
 
 
-@pytest.fixture
-def whatever_size():
-    """Small products are not left to torch, as they are without a backend forced."""
-    with backends.use_backend("cpp" if backends.extension else None):
-        yield
+@pytest.fixture(params=["here", "no AVX-512", "Intel"])
+def libraries(request, monkeypatch):
+    """Which of torch's libraries the products go through, there as here."""
+    if request.param == "no AVX-512":
+        monkeypatch.setattr(linear_module, "MKL_IS_A_PEER", True)
+    if request.param == "Intel":
+        monkeypatch.setattr(linear_module, "ONEDNN_IS_FASTER", False)
+    return request.param
 
 
-def uses_onednn(y: torch.Tensor) -> bool:
+def is_ours(y: torch.Tensor) -> bool:
     return type(y.grad_fn).__name__ == "_LinearBackward"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("shape", [(16, 8, 8), (3, 7, 5, 11), (40, 33, 17), (40, 17, 33), (16, 1, 1)], ids=str)
-def test_matches_float64(whatever_size, shape, with_bias, dtype):
+def test_matches_float64(capability, libraries, shape, with_bias, dtype):
     *batch, K, N = shape
     x, weight = leaf(*batch, K, dtype=dtype), leaf(N, K, dtype=dtype, seed=1)
     bias = leaf(N, dtype=dtype, seed=2) if with_bias else None
     y = ops.linear(x, weight, bias)
-    assert uses_onednn(y) == (ONEDNN_IS_FASTER if dtype == torch.float32 else ONEDNN_ADDS_BIAS and with_bias)
+    in_float32 = dtype == torch.bfloat16 and not backends.extension.multiplies_bf16()
+    of_float32 = ONEDNN_IS_FASTER and libraries != "Intel"
+    assert is_ours(y) == (in_float32 or (of_float32 if dtype == torch.float32 else ONEDNN_ADDS_BIAS and with_bias))
     reference = [double(t) for t in (x, weight, bias)]
     expected = F.linear(*reference)
     cotangent = leaf(*y.shape, dtype=dtype, seed=3).detach()
@@ -48,7 +56,7 @@ def test_matches_float64(whatever_size, shape, with_bias, dtype):
             assert t.grad.is_contiguous()
 
 
-def test_strided_inputs_and_outer_gradients(whatever_size):
+def test_strided_inputs_and_outer_gradients(capability):
     base = leaf(20, 2 * 12)
     x, weight = base[:, ::2], leaf(12, 9, seed=1).t()
     y = ops.linear(x, weight)
@@ -60,14 +68,14 @@ def test_strided_inputs_and_outer_gradients(whatever_size):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", [torch.randn(40, 3)[:, 1], torch.ones(1), torch.randn(1, 40), torch.randn(20, 40)])
-def test_bias_that_is_not_plain(whatever_size, bias, dtype):
+def test_bias_that_is_not_plain(capability, bias, dtype):
     x, weight, bias = leaf(20, 16, dtype=dtype), leaf(40, 16, dtype=dtype, seed=1), bias.to(dtype)
     assert_close(ops.linear(x, weight, bias), F.linear(double(x), double(weight), double(bias)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_gradient_of_one_input_only(whatever_size, which, dtype):
+def test_gradient_of_one_input_only(capability, libraries, which, dtype):
     inputs = [leaf(*shape, dtype=dtype, seed=seed).detach() for seed, shape in enumerate([(20, 6), (4, 6), (4,)])]
     inputs[which].requires_grad_()
     cotangent = leaf(20, 4, dtype=dtype, seed=3).detach()
@@ -79,13 +87,32 @@ def test_gradient_of_one_input_only(whatever_size, which, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("N", [5, 4096, 4097, 4200, 4225])
-def test_products_added_in_parts(whatever_size, N, dtype):
+def test_products_added_in_parts(capability, N, dtype):
     a, b, out = (
         leaf(*shape, dtype=dtype, seed=seed).detach() for seed, shape in enumerate([(24, N), (24, 200), (N, 200)])
     )
     expected = out.double() + a.double().t() @ b.double()
     add_matmul_tn_(out, a, b)
     assert_close(out, expected, dtype, floor=math.sqrt(24))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("M", "N", "K"), [(16, 1, 1), (17, 100, 9), (33, 10, 101), (40, 64, 64), (15, 70, 7), (0, 5, 3)]
+)
+def test_products_with_a_vocabulary(monkeypatch, capability, libraries, M, N, K, dtype):
+    """Bfloat16 is rounded once however many parts the sums are of; both operands as they are and as views transposed."""
+    monkeypatch.setattr(linear_module, "SLICE_BYTES", 4 * 64 * 3)
+    for transposed in (False, True):
+        shapes = ((K, M), (K, N)) if transposed else ((M, K), (N, K))
+        a, b = (leaf(*shape, dtype=dtype, seed=seed).detach() for seed, shape in enumerate(shapes))
+        a, b = (a.t(), b.t()) if transposed else (a, b)
+        y, exact = matmul_nt(a, b), a.double() @ b.double().t()
+        assert y.dtype == dtype
+        if dtype == torch.bfloat16:
+            torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=1e-5 * K)
+        else:
+            assert_close(y, exact, dtype, floor=math.sqrt(K))
 
 
 needs_extension = pytest.mark.skipif(backends.extension is None, reason="pygpt._C is not built")
@@ -164,20 +191,25 @@ def test_few_rows_with_gradients_or_odd_weights_are_pytorchs():
             ops.linear(x, weight, torch.randn(3))
 
 
-def test_what_stays_with_pytorch():
+def test_what_stays_with_pytorch(monkeypatch):
+    monkeypatch.setattr(linear_module, "MKL_IS_A_PEER", False)
     x, weight = leaf(128, 128), leaf(96, 128, seed=1)
-    assert uses_onednn(ops.linear(x, weight)) == ONEDNN_IS_FASTER
-    assert not uses_onednn(ops.linear(x, weight[:95]))  # a small product
-    assert not uses_onednn(ops.linear(x[:2], weight))  # few rows
+    assert is_ours(ops.linear(x, weight)) == ONEDNN_IS_FASTER
+    assert not is_ours(ops.linear(x, weight[:95]))  # a small product
+    assert not is_ours(ops.linear(x[:2], weight))  # few rows
     large, many = leaf(2048, 512).bfloat16(), leaf(256, 512, seed=1).bfloat16()
-    assert uses_onednn(ops.linear(large, many, many[0, :256])) == ONEDNN_ADDS_BIAS
-    assert not uses_onednn(ops.linear(large, many))  # no bias to add
-    assert not uses_onednn(ops.linear(large, many[:255], many[0, :255]))  # a small product
-    assert not uses_onednn(ops.linear(x.double(), weight.double()))
+    in_float32 = backends.extension is not None and not backends.extension.multiplies_bf16()
+    assert is_ours(ops.linear(large, many, many[0, :256])) == (ONEDNN_ADDS_BIAS or in_float32)
+    assert is_ours(ops.linear(large, many)) == in_float32  # no bias to add
+    assert is_ours(ops.linear(large, many[:255], many[0, :255])) == in_float32  # a small product
+    assert not is_ours(ops.linear(x.double(), weight.double()))
+    with monkeypatch.context() as patch:
+        patch.setattr(linear_module, "MKL_IS_A_PEER", True)
+        assert not is_ours(ops.linear(x, weight))
     with torch.autocast("cpu", torch.bfloat16):
         assert ops.linear(x, weight).dtype == torch.bfloat16
     with backends.use_backend("eager"):
-        assert not uses_onednn(ops.linear(x, weight))
+        assert not is_ours(ops.linear(x, weight))
     assert ops.linear(x[:0], weight).shape == (0, 96)
     compiled = torch.compile(ops.linear, fullgraph=True, backend="aot_eager")
     assert_close(compiled(x, weight), F.linear(double(x), double(weight)))

@@ -22,18 +22,34 @@ PYGPT_INLINE vf load_operand(const int8_t* p, int64_t n) {
   typedef int8_t vb __attribute__((vector_size(kLanes)));
   vb bytes = {};
   n == kLanes ? std::memcpy(&bytes, p, kLanes) : std::memcpy(&bytes, p, n);
+#if PYGPT_LANES == 8
+  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((int64_t)bytes)));
+#else
   return __builtin_convertvector(__builtin_convertvector(bytes, vi), vf);
+#endif
 #endif
 }
 
-#ifdef PYGPT_AVX512_BF16
+// Pairs of bf16, the first in a lane's low half.
 template <>
 constexpr int64_t kProductStep<bf16> = 2 * kLanes;
-PYGPT_INLINE vf add_products(vf sum, __m512bh a, __m512bh b) { return (vf)_mm512_dpbf16_ps((__m512)sum, a, b); }
-PYGPT_INLINE __m512bh load_operand(const bf16* p, int64_t n) {
-  return (__m512bh)(n == 2 * kLanes ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16(_bzhi_u32(0xffffffff, n), p));
+#ifdef PYGPT_AVX512_BF16
+PYGPT_INLINE vf add_products(vf sum, vu a, vu b) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
+#else
+PYGPT_INLINE vf add_products(vf sum, vu a, vu b) {
+  sum += (vf)(a << 16) * (vf)(b << 16);
+  return sum + (vf)(a & 0xffff0000u) * (vf)(b & 0xffff0000u);
 }
 #endif
+PYGPT_INLINE vu load_operand(const bf16* p, int64_t n) {
+#if PYGPT_LANES == 16
+  return (vu)(n == 2 * kLanes ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16(_bzhi_u32(0xffffffff, n), p));
+#else
+  vu pairs = {};
+  n == 2 * kLanes ? std::memcpy(&pairs, p, sizeof pairs) : std::memcpy(&pairs, p, n * sizeof(bf16));
+  return pairs;
+#endif
+}
 
 // Lane l: the sum of all lanes of v[l], for kLanes vectors, which are overwritten. Each step adds the two halves of every
 // group of lanes and fills the freed half with another vector's.

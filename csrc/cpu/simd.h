@@ -20,11 +20,28 @@ PYGPT_INLINE vf load(const float* p) {
   return v;
 }
 
-PYGPT_INLINE vf load(const bf16* p) {
+// 16-bit elements, in the upper halves of the lanes; the lower ones are zero.
+PYGPT_INLINE vu load_upper(const void* p) {
+#if PYGPT_LANES == 8  // GCC 12 makes five instructions of the conversion below
+  return (vu)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
   vh h;
   std::memcpy(&h, p, sizeof h);
-  return (vf)(__builtin_convertvector(h, vu) << 16);
+  return __builtin_convertvector(h, vu) << 16;
+#endif
 }
+
+PYGPT_INLINE void store_upper(void* p, vu v) {
+#if PYGPT_LANES == 8
+  const __m256i h = _mm256_srli_epi32((__m256i)v, 16), packed = _mm256_packus_epi32(h, h);  // each half by itself
+  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+#else
+  vh h = __builtin_convertvector(v >> 16, vh);
+  std::memcpy(p, &h, sizeof h);
+#endif
+}
+
+PYGPT_INLINE vf load(const bf16* p) { return (vf)load_upper(p); }
 
 PYGPT_INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 
@@ -34,20 +51,21 @@ PYGPT_INLINE void store(bf16* p, vf v) {
   __m256bh h = _mm512_cvtneps_pbh((__m512)v);
   std::memcpy(p, &h, sizeof h);
 #else
-  vu u = (vu)v;
-  vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  vu bits = (vu)(v != v ? (vi)((u >> 16) | 0x40) : (vi)rounded);
-  vh h = __builtin_convertvector(bits, vh);
-  std::memcpy(p, &h, sizeof h);
+  const vu u = (vu)v, rounded = u + 0x7fff + ((u >> 16) & 1);
+  store_upper(p, (vu)(v != v ? (vi)(u | 0x400000) : (vi)rounded));
 #endif
 }
 
 // The first n < kLanes elements; the other lanes are zero.
 #if PYGPT_LANES == 16
 PYGPT_INLINE vf load(const float* p, int64_t n) { return (vf)_mm512_maskz_loadu_ps(_bzhi_u32(0xffff, n), p); }
-PYGPT_INLINE vf load(const bf16* p, int64_t n) {
-  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(_bzhi_u32(0xffff, n), p)), 16);
+PYGPT_INLINE vu load_upper(const void* p, int64_t n) {
+  return (vu)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(_bzhi_u32(0xffff, n), p)), 16);
 }
+PYGPT_INLINE void store_upper(void* p, vu v, int64_t n) {
+  _mm256_mask_storeu_epi16(p, _bzhi_u32(0xffff, n), _mm512_cvtepi32_epi16((__m512i)(v >> 16)));
+}
+PYGPT_INLINE vf load(const bf16* p, int64_t n) { return (vf)load_upper(p, n); }
 PYGPT_INLINE void store(float* p, vf v, int64_t n) { _mm512_mask_storeu_ps(p, _bzhi_u32(0xffff, n), (__m512)v); }
 PYGPT_INLINE void store(bf16* p, vf v, int64_t n) {
   bf16 rounded[kLanes];
@@ -57,6 +75,18 @@ PYGPT_INLINE void store(bf16* p, vf v, int64_t n) {
   _mm256_mask_storeu_epi16(p, _bzhi_u32(0xffff, n), h);
 }
 #else
+PYGPT_INLINE vu load_upper(const void* p, int64_t n) {
+  uint16_t tmp[kLanes] = {};
+  std::memcpy(tmp, p, n * sizeof *tmp);
+  return load_upper(tmp);
+}
+
+PYGPT_INLINE void store_upper(void* p, vu v, int64_t n) {
+  uint16_t tmp[kLanes];
+  store_upper(tmp, v);
+  std::memcpy(p, tmp, n * sizeof *tmp);
+}
+
 template <class T>
 PYGPT_INLINE vf load(const T* p, int64_t n) {
   T tmp[kLanes] = {};

@@ -20,7 +20,7 @@ from pygpt.errors import InputError, InputTypeError
 from pygpt.ops import backends
 from pygpt.ops.autograd import first_order
 from pygpt.ops.checks import check_device
-from pygpt.ops.linear import add_matmul_tn_, linear, matmul_nt
+from pygpt.ops.linear import add_matmul_tn_, in_float32, linear, matmul_nt
 
 # Where neither answers, the chunks below in torch's own ops are the implementation.
 backends.register("linear_cross_entropy", cpp=(torch.float32, torch.bfloat16))
@@ -58,7 +58,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
         and targets.dtype == torch.int64
     ):
         try:
-            logits = (linear if hidden.dtype == torch.float32 else F.linear)(hidden, weight)
+            logits = (linear if hidden.dtype == torch.float32 or in_float32(hidden) else F.linear)(hidden, weight)
             return F.cross_entropy(
                 logits if logits.itemsize > 2 else logits.float(), targets, ignore_index=ignore_index
             )

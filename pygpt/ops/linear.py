@@ -4,8 +4,9 @@ Generation multiplies a row or a few with every weight, in the time that reading
 the memory's pace, the libraries at half of it or two thirds. On x86 CPUs torch computes float32 products with MKL, which on
 processors that are not Intel's reaches less than half of what oneDNN, in every torch as well, does on the same machine. So
 there these products go through oneDNN. In bfloat16 F.linear goes through oneDNN itself, but copies the bias to all rows of
-the result first; so do the larger of these products here, with the bias added on the way. Everywhere else this is
-`F.linear` (bench/LOG.md has the figures).
+the result first; so do the larger of these products here, with the bias added on the way. On processors without
+instructions for bfloat16 all of its products are computed in float32, which with the conversions takes a half to a tenth of
+the time. Everywhere else this is `F.linear` (bench/LOG.md has the figures).
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ from torch import Tensor
 from pygpt.ops import backends
 from pygpt.ops.autograd import first_order
 
-SLICE_BYTES = 3 << 20  # of a float32 product that is added to another tensor
+SLICE_BYTES = 3 << 20  # of a float32 product that is added to another tensor, or of an operand converted to float32
 TILE, WIDE = 64, 4096  # of a product of more than 4,096 rows, those that fill no tile of 64 are computed apart
-# Multiplications of a product below which a function of our own does not win back what it costs.
-SMALL_PRODUCT = {torch.float32: 3 << 19, torch.bfloat16: 1 << 28}
+# Multiplications of a product below which a function of our own does not win back what it costs: where it is twice as fast
+# as F.linear or more, and where it is a little faster.
+SMALL_PRODUCT, SMALL_PRODUCT_OF_A_PEER = 3 << 19, 1 << 28
 MIN_ROWS = 16  # of a product for a library; what has fewer is a matter of memory bandwidth
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 ONEDNN_IS_FASTER = ONEDNN and backends.extension is not None and backends.extension.prefers_onednn()
+MKL_IS_A_PEER = torch.backends.cpu.get_cpu_capability() == "AVX2"  # it leaves AVX-512 unused
 ONEDNN_ADDS_BIAS = ONEDNN and backends.extension is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 backends.register("linear", cpp=(torch.float32, torch.bfloat16))
 
@@ -34,8 +37,9 @@ backends.register("linear", cpp=(torch.float32, torch.bfloat16))
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias, as `F.linear`: x (..., K), weight (N, K), bias (N,) or None -> (..., N). Its errors too.
 
-    On the CPU a product of fewer than 1.5 million multiplications, in bfloat16 268 million, is F.linear itself, unless a
-    backend is forced."""
+    On the CPU a product of fewer than 1.5 million multiplications is F.linear itself, unless a backend is forced; where
+    F.linear itself is fast, in bfloat16 with instructions for it and in float32 without AVX-512, one of fewer than 268
+    million."""
     if (
         backends.choose("linear", x) == "eager"
         or x.dim() < 2
@@ -55,27 +59,47 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if few_rows and (bias is None or (bias.is_cpu and bias.shape == weight.shape[:1])):
             return torch.ops.pygpt.linear_few_rows.default(x, weight, bias)
         return F.linear(x, weight, bias)
-    faster = ONEDNN_IS_FASTER if x.dtype == torch.float32 else ONEDNN_ADDS_BIAS and bias is not None
-    small = x.numel() * weight.shape[0] < SMALL_PRODUCT[x.dtype] and backends.automatic_on_cpu(x)
+    if ours := in_float32(x):
+        least = SMALL_PRODUCT
+    elif x.dtype == torch.float32:
+        ours, least = ONEDNN_IS_FASTER, SMALL_PRODUCT_OF_A_PEER if MKL_IS_A_PEER else SMALL_PRODUCT
+    else:
+        ours, least = ONEDNN_ADDS_BIAS and bias is not None, SMALL_PRODUCT_OF_A_PEER
+    small = x.numel() * weight.shape[0] < least and backends.automatic_on_cpu(x)
     # oneDNN takes the memory of a bias as it lies, whatever its strides are.
     plain = bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous())
-    if not faster or not plain or small or x.numel() == 0:
+    if not ours or not plain or small or x.numel() == 0:
         return F.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias) if with_grad else _onednn(x, weight, bias)
+    return _Linear.apply(x, weight, bias) if with_grad else _product(x, weight, bias)
 
 
 def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b.T for matrices a (M, K) and b (N, K) of any strides, outside autograd."""
-    return _onednn(a, b, None) if _by_onednn(a, b) else a @ b.t()
+    """a @ b.T for matrices a (M, K) and b (N, K) of any strides, outside autograd. Its workspace is small even for large b."""
+    if not _has_own_way(a, b):
+        return a @ b.t()
+    if not in_float32(a):
+        return _product(a, b)
+    # Converting all of a vocabulary's weights would take more memory than the logits: by parts of the longer dimension.
+    N, K = b.shape
+    rows, columns = max(1, SLICE_BYTES // (4 * K)), max(1, SLICE_BYTES // (4 * N))
+    if N >= K:
+        wide, out = a.float(), a.new_empty(a.shape[0], N)
+        for part, of_b in zip(out.split(rows, 1), b.split(rows), strict=True):
+            part.copy_(_product(wide, of_b.float()))
+        return out
+    sums = a.new_zeros(a.shape[0], N, dtype=torch.float32)
+    for of_a, of_b in zip(a.split(columns, 1), b.split(columns, 1), strict=True):
+        sums += _product(of_a.float(), of_b.float())
+    return sums.to(a.dtype)
 
 
 def add_matmul_tn_(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out (N, K) += a.T @ b for matrices a (M, N) and b (M, K) of any strides, outside autograd."""
-    if _by_onednn(a, b):
-        rows = max(MIN_ROWS, SLICE_BYTES // (out.shape[1] * out.itemsize))
-        columns = b.t().contiguous()  # or oneDNN would copy it for every slice
+    if _has_own_way(a, b):
+        rows = max(MIN_ROWS, SLICE_BYTES // (4 * out.shape[1]))
+        columns = b.t().float().contiguous()  # or oneDNN would copy it for every slice
         for part, a_t in zip(out.split(rows), a.t().split(rows), strict=True):
-            part += _onednn(a_t, columns, None)  # it has no sum: the slice is added from the cache
+            part += _product(a_t.float(), columns)  # it has no sum: the slice is added from the cache
         return
     # The odd rows of a vocabulary apart: they would take all of the product off oneDNN's fast path.
     apart = out.shape[0] > WIDE and out.is_cpu and not torch.compiler.is_compiling()
@@ -85,46 +109,62 @@ def add_matmul_tn_(out: Tensor, a: Tensor, b: Tensor) -> None:
         out[whole:].addmm_(a.t()[whole:], b)
 
 
-def _by_onednn(a: Tensor, b: Tensor) -> bool:
+def in_float32(x: Tensor) -> bool:
+    """Whether products of x are computed in float32 though it is bfloat16."""
+    return x.dtype == torch.bfloat16 and backends.extension is not None and not backends.extension.multiplies_bf16()
+
+
+def _has_own_way(a: Tensor, b: Tensor) -> bool:
+    """Whether a product is not the library's as torch calls it."""
     return (
-        ONEDNN_IS_FASTER
-        and not torch.compiler.is_compiling()  # before the shapes: a graph would be tied to what they are compared with
-        and a.dtype == torch.float32
+        not torch.compiler.is_compiling()  # before the shapes: a graph would be tied to what they are compared with
         and backends.choose("linear", a) != "eager"
+        and (ONEDNN_IS_FASTER if a.dtype == torch.float32 else in_float32(a))
         and a.shape[0] >= MIN_ROWS
         and 0 not in b.shape
         and 0 not in a.shape
     )
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear outside autograd through what is fastest; x and weight of MIN_ROWS rows or more, bias contiguous."""
+    if in_float32(x):
+        return _product(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+    if ONEDNN_IS_FASTER if x.dtype == torch.float32 else ONEDNN_ADDS_BIAS and bias is not None:
+        return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _onednn(x, weight, bias)
+        return _product(x, weight, bias)
 
     @staticmethod
-    @first_order("the oneDNN linear")
+    @first_order("linear")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         rows, x_rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])  # (M, N), (M, K)
         grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (rows @ weight if x.dtype != torch.float32 else _onednn(rows, weight.t(), None)).view_as(x)
-        if ctx.needs_input_grad[1] and x.dtype != torch.float32:
-            grad_weight = rows.t() @ x_rows
-        elif ctx.needs_input_grad[1]:
-            # (N, M) by (M, K). oneDNN copies its first operand where it is transposed: let that be the smaller one.
-            if rows.shape[1] <= x_rows.shape[1]:
-                grad_weight = _onednn(rows.t(), x_rows.t(), None)
-            else:
-                grad_weight = _onednn(x_rows.t(), rows.t(), None).t().contiguous()
         if ctx.needs_input_grad[2]:
             grad_bias = torch.ops.pygpt.column_sum.default(rows)
+        if in_float32(x):
+            rows, x_rows, weight = rows.float(), x_rows.float(), weight.float()
+        onednn = rows.dtype == torch.float32 and ONEDNN_IS_FASTER
+        if ctx.needs_input_grad[0]:
+            # With AVX-512 oneDNN takes the transposed view as fast as a copy, without it up to half as fast.
+            columns = weight.t().contiguous() if onednn and MKL_IS_A_PEER else weight.t()
+            grad_x = _product(rows, columns).to(x.dtype).view_as(x)
+        if ctx.needs_input_grad[1]:
+            # (N, M) by (M, K). oneDNN copies its first operand where it is transposed: let that be the smaller one.
+            if not onednn or MKL_IS_A_PEER:
+                grad_weight = rows.t() @ x_rows
+            elif rows.shape[1] <= x_rows.shape[1]:
+                grad_weight = _product(rows.t(), x_rows.t())
+            else:
+                grad_weight = _product(x_rows.t(), rows.t()).t().contiguous()
+            grad_weight = grad_weight.to(x.dtype)
         return grad_x, grad_weight, grad_bias
 
 

@@ -8,13 +8,12 @@ without its outliers in another precision.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pygpt.errors import InputError, InputTypeError
 from pygpt.ops import backends
 from pygpt.ops.checks import check_device
-from pygpt.ops.linear import MIN_ROWS
+from pygpt.ops.linear import MIN_ROWS, linear
 
 backends.register("linear_int8", cpp=(torch.float32, torch.bfloat16))
 
@@ -37,7 +36,7 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def linear_int8_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """Plain PyTorch, any device; the product is rounded to x's dtype before it is scaled."""
-    y = F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
+    y = linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
     return y if bias is None else y + bias
 
 
