@@ -369,8 +369,8 @@ def adamw(bench: Bench) -> None:
                 p.grad = torch.randn_like(p)
             return found
 
-        # Gradient read; float32 weight or master, mean and square read and written; 16-bit weight written.
-        each = 4 + 24 if dtype == torch.float32 else 2 + 24 + 2
+        # Gradient read; float32 weight, or 16-bit weight and residual, mean and square read and written.
+        each = dtype.itemsize + 24
         work = each * sum(shape.numel() for shape in shapes)
         runs: dict[str, Callable[[], Call]] = {
             f"pygpt {name}": lambda: AdamW(parameters(), lr=1e-3, weight_decay=0.1).step

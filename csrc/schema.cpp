@@ -65,10 +65,11 @@ STABLE_TORCH_LIBRARY(pygpt, m) {
   // ignore_index. With grad_factor, a float32 scalar, logits become (softmax - one_hot) * grad_factor, or 0.
   m.def("cross_entropy_rows_(Tensor(a!) logits, Tensor targets, int ignore_index, Tensor? grad_factor) -> Tensor");
 
-  // One step of AdamW for contiguous tensors: weights and grads, masters (of float32 weights those themselves), means and
-  // squares float32, steps float32 scalars that are counted up. Gradients are multiplied by grad_factor, a float32 scalar.
+  // One step of AdamW for contiguous tensors, weights of one dtype and grads of one. residuals: int16, what float32 weights
+  // have beyond bfloat16 ones; empty for float32 weights. means and squares: float32. steps: float32 scalars that are counted
+  // up. Gradients are multiplied by grad_factor, a float32 scalar.
   m.def(
-      "adamw_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] masters, Tensor(c!)[] means, Tensor(d!)[] squares, "
+      "adamw_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] residuals, Tensor(c!)[] means, Tensor(d!)[] squares, "
       "Tensor(e!)[] steps, Tensor? grad_factor, float lr, float beta1, float beta2, float eps, float weight_decay) -> ()");
   // -> the Euclidean norm of all tensors together, a float32 scalar
   m.def("grad_norm(Tensor[] grads) -> Tensor");

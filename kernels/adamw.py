@@ -1,10 +1,10 @@
 """AdamW in Triton: every tensor of a parameter group in one launch, one pass over the memory.
 
-A bfloat16 weight has a float32 master; a pass reads gradient, master and both averages and writes master, averages and
-weight: 28 bytes a parameter, where converting gradients and weights around torch's fused kernel moves 40. A table on
-the device holds the tensors' addresses, and another says which tensor a block belongs to, so that the number of
-tensors costs nothing (multi-tensor apply is Apex's idea). The gradients may be multiplied by a factor on the way, which
-clips them without another pass and without the host knowing their norm.
+A bfloat16 weight has a float32 master, kept as the weight and a residual of 16 bits (see pygpt/ops/adamw.py); a pass reads
+gradient, weight, residual and both averages and writes the last four: 26 bytes a parameter, where converting gradients and
+weights around torch's fused kernel moves 40. A table on the device holds the tensors' addresses, and another says which
+tensor a block belongs to, so that the number of tensors costs nothing (multi-tensor apply is Apex's idea). The gradients may
+be multiplied by a factor on the way, which clips them without another pass and without the host knowing their norm.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from pygpt.kernels.device import FUSED, cdiv
 BLOCK = 2048  # elements a program updates: 16 a thread
 WARPS = 4
 # Rows of the table; a column is a tensor.
-STEP, WEIGHT, GRAD, MASTER, MEAN, SQUARE, NUMEL, FIRST_BLOCK = (tl.constexpr(row) for row in range(8))
+STEP, WEIGHT, GRAD, RESIDUAL, MEAN, SQUARE, NUMEL, FIRST_BLOCK = (tl.constexpr(row) for row in range(8))
 
-TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 
 @triton.jit(do_not_specialize=["tensors"])
@@ -52,10 +52,25 @@ def _pointer(table_ptr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def _join(weight, residual):
+    upper = weight.to(tl.int16, bitcast=True).to(tl.int32) << 16
+    bits = upper + residual.to(tl.int32)
+    # Only a zero that somebody wrote over a weight can change its sign here: it stays zero.
+    return tl.where((upper ^ bits) < 0, upper, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _split(master):
+    """The nearest bfloat16, ties away from zero, and what the bits are beyond it."""
+    bits = tl.where(master != master, 0x7FC00000, master.to(tl.int32, bitcast=True))
+    return ((bits + 0x8000) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), bits.to(tl.int16)  # its lower half
+
+
+@triton.jit
 def _update(
-    weight_ptr, grad_ptr, master_ptr, mean_ptr, square_ptr, at, numel, factor, correction1, correction2,
+    weight_ptr, grad_ptr, residual_ptr, mean_ptr, square_ptr, at, numel, factor, correction1, correction2,
     lr, decay, beta1, rest1, beta2, rest2, eps,
-    HAS_MASTER: tl.constexpr, MASKED: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     mask = None
     if MASKED:
@@ -63,21 +78,23 @@ def _update(
     grad = tl.load(grad_ptr + at, mask=mask).to(tl.float32) * factor
     mean = tl.load(mean_ptr + at, mask=mask) * beta1 + grad * rest1
     square = tl.load(square_ptr + at, mask=mask) * beta2 + grad * grad * rest2
-    weight = tl.load(master_ptr + at, mask=mask) * decay
-    weight -= lr * correction1 * mean / (tl.sqrt(square) * correction2 + eps)
+    weight = tl.load(weight_ptr + at, mask=mask)
+    if weight.dtype == tl.bfloat16:
+        weight = _join(weight, tl.load(residual_ptr + at, mask=mask))
+    weight = weight * decay - lr * correction1 * mean / (tl.sqrt(square) * correction2 + eps)
     tl.store(mean_ptr + at, mean, mask=mask)
     tl.store(square_ptr + at, square, mask=mask)
-    tl.store(master_ptr + at, weight, mask=mask)
-    if HAS_MASTER:
-        tl.store(weight_ptr + at, weight.to(weight_ptr.dtype.element_ty), mask=mask)
+    if weight_ptr.dtype.element_ty == tl.bfloat16:
+        weight, residual = _split(weight)
+        tl.store(residual_ptr + at, residual, mask=mask)
+    tl.store(weight_ptr + at, weight, mask=mask)
 
 
 @triton.jit(do_not_specialize=["tensors"])
 def _update_kernel(
     table_ptr, owner_ptr, correction_ptr, factor_ptr, tensors,
     lr, decay, beta1, rest1, beta2, rest2, eps,
-    WEIGHT_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, HAS_MASTER: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WEIGHT_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     i = tl.load(owner_ptr + block)
@@ -92,18 +109,18 @@ def _update_kernel(
     at = start + tl.arange(0, BLOCK)
     weight_ptr = _pointer(table_ptr + WEIGHT * tensors, WEIGHT_TYPE, ALIGNED)
     grad_ptr = _pointer(table_ptr + GRAD * tensors, GRAD_TYPE, ALIGNED)
-    master_ptr = _pointer(table_ptr + MASTER * tensors, tl.float32, ALIGNED)
+    residual_ptr = _pointer(table_ptr + RESIDUAL * tensors, tl.int16, ALIGNED)
     mean_ptr = _pointer(table_ptr + MEAN * tensors, tl.float32, ALIGNED)
     square_ptr = _pointer(table_ptr + SQUARE * tensors, tl.float32, ALIGNED)
     if start + BLOCK <= numel:  # without masks, whose ends are nowhere known to be even, accesses are 16 bytes wide
         _update(
-            weight_ptr, grad_ptr, master_ptr, mean_ptr, square_ptr, at, numel, factor, correction1, correction2,
-            lr, decay, beta1, rest1, beta2, rest2, eps, HAS_MASTER, False,
+            weight_ptr, grad_ptr, residual_ptr, mean_ptr, square_ptr, at, numel, factor, correction1, correction2,
+            lr, decay, beta1, rest1, beta2, rest2, eps, False,
         )  # fmt: skip
     else:
         _update(
-            weight_ptr, grad_ptr, master_ptr, mean_ptr, square_ptr, at, numel, factor, correction1, correction2,
-            lr, decay, beta1, rest1, beta2, rest2, eps, HAS_MASTER, True,
+            weight_ptr, grad_ptr, residual_ptr, mean_ptr, square_ptr, at, numel, factor, correction1, correction2,
+            lr, decay, beta1, rest1, beta2, rest2, eps, True,
         )  # fmt: skip
 
 
@@ -125,21 +142,17 @@ def _owners(numels: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def adamw_(
-    weights: Sequence[Tensor], grads: Sequence[Tensor], masters: Sequence[Tensor], means: Sequence[Tensor],
+    weights: Sequence[Tensor], grads: Sequence[Tensor], residuals: Sequence[Tensor], means: Sequence[Tensor],
     squares: Sequence[Tensor], steps: Sequence[Tensor],
     *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, grad_factor: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """One step for tensors of one device, weights of one dtype and gradients of one dtype.
+    """One step for contiguous tensors of one device, weights of one dtype and gradients of one dtype.
 
-    masters are the float32 weights: of float32 weights those themselves. means, squares: float32; steps: float32
-    scalars, counted up; grad_factor: float32 scalar by which gradients are multiplied.
+    residuals: int16 for bfloat16 weights, empty for float32 ones. means, squares: float32; steps: float32 scalars, counted
+    up; grad_factor: float32 scalar by which gradients are multiplied.
     """
-    sets = list(zip(weights, grads, masters, means, squares, strict=True))
-    scattered = [i for i, tensors in enumerate(sets) if not all(x.is_contiguous() for x in tensors)]
-    for i in scattered:  # the kernel walks memory: these take part as copies
-        sets[i] = tuple(x.contiguous() for x in sets[i])
     device, tensors = weights[0].device, len(weights)
-    rows = list(steps), *(list(row) for row in zip(*sets, strict=True))
+    rows = (steps, weights, grads, residuals or weights, means, squares)
     pointers = tuple(x.data_ptr() for row in rows for x in row)
     numels = tuple(x.numel() for x in weights)
     table, owners = _table(pointers, numels, device), _owners(numels, device)
@@ -152,12 +165,5 @@ def adamw_(
                 table, owners, corrections, grad_factor, tensors,
                 lr, 1 - lr * weight_decay, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps,
                 WEIGHT_TYPE=TYPES[weights[0].dtype], GRAD_TYPE=TYPES[grads[0].dtype],
-                HAS_MASTER=weights[0] is not masters[0], ALIGNED=all(p % 16 == 0 for p in pointers[tensors:]),
-                BLOCK=BLOCK, num_warps=WARPS, **FUSED,
+                ALIGNED=all(p % 16 == 0 for p in pointers[tensors:]), BLOCK=BLOCK, num_warps=WARPS, **FUSED,
             )  # fmt: skip
-    for i in scattered:
-        weight, _, *state = sets[i]
-        if weights[i] is not masters[i]:
-            weights[i].copy_(weight)
-        for x, updated in zip((masters[i], means[i], squares[i]), state, strict=True):
-            x.copy_(updated)

@@ -6,7 +6,7 @@
     optimizer.step()
 
 A bfloat16 weight has 8 bits of precision: most updates of training are smaller than half of its last bit and would be
-rounded away. So a model in bfloat16 keeps its weights and gradients in bfloat16 and the optimizer a float32 copy of the
+rounded away. So a model in bfloat16 keeps its weights and gradients in bfloat16 and the optimizer float32 masters of the
 weights (mixed-precision training, Micikevicius et al., 2018), to which the updates are added.
 """
 
@@ -20,19 +20,19 @@ import torch
 from torch import Tensor, nn
 
 from pygpt.errors import InputError, InputTypeError
-from pygpt.ops.adamw import adamw_, global_norm
-
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
+from pygpt.ops.adamw import adamw_, global_norm, join, split_
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter, 2019) for parameters in float32, or in bfloat16 / float16 with float32 masters.
+    """AdamW (Loshchilov and Hutter, 2019) for parameters in float32 (or float64), or in bfloat16 with float32 masters.
 
-    State per parameter: `step`, `exp_avg` and `exp_avg_sq`, float32, and `master` where the parameter is in low precision.
-    Interface and numbers, to rounding, are those of `torch.optim.AdamW(fused=True)`.
+    State per parameter: `step`, `exp_avg` and `exp_avg_sq`, float32, and for bfloat16 parameters `residual`, int16: the bits
+    by which the float32 master goes beyond the parameter. Interface and numbers, to rounding, are those of
+    `torch.optim.AdamW(fused=True)`.
 
-    A parameter that was changed between two steps (weights loaded, averaged, reset) keeps its new values: the master
-    follows it. Raises InputError for settings out of range, InputTypeError for parameters or gradients it cannot update.
+    A parameter that was changed between two steps (weights loaded, averaged, reset) keeps its new values: its master is
+    always within half of the parameter's last bit. Raises InputError for settings out of range, InputTypeError for
+    parameters or gradients it cannot update.
     """
 
     def __init__(
@@ -43,7 +43,6 @@ class AdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
     ) -> None:
-        self._versions: dict[Tensor, int] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -55,8 +54,11 @@ class AdamW(torch.optim.Optimizer):
         if not all(0 <= beta < 1 for beta in group["betas"]):
             raise InputError(f"betas must be in [0, 1), got {group['betas']}")
         for parameter in group["params"]:
-            if not parameter.is_floating_point():
-                raise InputTypeError(f"AdamW updates floating-point parameters, got {parameter.dtype}")
+            if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+                raise InputTypeError(
+                    f"AdamW updates parameters in float32, float64 or bfloat16, got {parameter.dtype}: for training in "
+                    f"float16 keep them in float32 and use torch.autocast"
+                )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, grad_factor: Tensor | None = None) -> Any:
@@ -84,40 +86,36 @@ class AdamW(torch.optim.Optimizer):
         adamw_(
             parameters,
             [parameter.grad for parameter in parameters if parameter.grad is not None],
-            [s["master"] if p.dtype in _LOW_PRECISION else p for p, s in zip(parameters, states, strict=True)],
+            [s["residual"] if p.dtype == torch.bfloat16 else None for p, s in zip(parameters, states, strict=True)],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [state["step"] for state in states],
             grad_factor=grad_factor,
             **{name: group[name] for name in ("lr", "betas", "eps", "weight_decay")},
         )
-        for parameter in parameters:
-            if parameter.dtype in _LOW_PRECISION:
-                self._versions[parameter] = parameter._version
 
     def _prepare_state(self, parameter: Tensor) -> None:
         state = self.state[parameter]
-        low = parameter.dtype in _LOW_PRECISION
+        low = parameter.dtype == torch.bfloat16
         if "step" not in state:
             dtype = torch.float32 if low else parameter.dtype
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype)
-        if not low:
-            return
-        if "master" not in state:
-            state["master"] = parameter.detach().float()
-        elif self._versions.get(parameter) != parameter._version:
-            # Somebody wrote to the parameter since the last step. Where it differs from its rounded master, it counts.
-            master = state["master"]
-            torch.where(master.to(parameter.dtype) == parameter, master, parameter.float(), out=master)
+        if low and "residual" not in state:
+            state["residual"] = torch.zeros_like(parameter, dtype=torch.int16)
+            if "master" in state:  # a checkpoint of before masters were kept as residuals
+                split_(state.pop("master"), parameter, state["residual"])
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._versions = {}
+    def master(self, parameter: Tensor) -> Tensor:
+        """A parameter in the precision that the optimizer keeps it in: float32 for bfloat16, else the parameter itself."""
+        residual = self.state[parameter].get("residual") if parameter in self.state else None
+        if parameter.dtype != torch.bfloat16:
+            return parameter.detach()
+        return parameter.detach().float() if residual is None else join(parameter, residual)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned. Unlike the base class, leaves the state in float32 for bfloat16 parameters."""
+        """Restore what `state_dict` returned. Unlike the base class, leaves the state in its dtypes for bfloat16 parameters."""
         super().load_state_dict(state_dict)
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         ours = [parameter for group in self.param_groups for parameter in group["params"]]

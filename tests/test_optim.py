@@ -69,8 +69,10 @@ def test_bfloat16_is_float32_adamw_rounded(backend):
     for x, y in zip(ours, reference, strict=True):
         assert x.dtype == x.grad.dtype == torch.bfloat16
         assert torch.equal(x, y.bfloat16())
-        assert torch.equal(a.state[x]["master"], y)
-        assert all(value.dtype == torch.float32 for value in a.state[x].values())
+        assert torch.equal(a.master(x), y)
+        dtypes = {name: value.dtype for name, value in a.state[x].items()}
+        assert dtypes.pop("residual") == torch.int16
+        assert set(dtypes.values()) == {torch.float32}
 
 
 def test_small_updates_are_not_lost_in_bfloat16():
@@ -113,19 +115,47 @@ def test_a_copied_optimizer_continues_too():
     assert torch.equal(model.weight, twin.weight)
 
 
-def test_weights_set_between_steps_are_kept():
-    """A master that ignored them would bring the old weights back at the next step."""
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_weights_set_between_steps_are_kept(backend):
+    """Masters that ignored them would bring the old weights back at the next step."""
     x, y = nn.Parameter(torch.ones(6, dtype=torch.bfloat16)), nn.Parameter(torch.ones(6))
     a, b = AdamW([x], **OPTIONS), torch.optim.AdamW([y], **OPTIONS)
-    run(a, [x], range(3))
-    run(b, [y], range(3))
-    with torch.no_grad():
-        x[:3] = 5.0
-        y[:3] = 5.0
-    run(a, [x], range(3, 6))
-    run(b, [y], range(3, 6))
-    assert torch.equal(x, y.bfloat16())
+    with use_backend(backend):
+        run(a, [x], range(3))
+        run(b, [y], range(3))
+        with torch.no_grad():
+            x[:2] = y[:2] = 5.0
+            x[2:4] = y[2:4] = 0.0
+        assert_close(a.master(x)[:4], y[:4], torch.bfloat16)
+        run(a, [x], range(3, 6))
+        run(b, [y], range(3, 6))
+    assert_close(x, y, torch.bfloat16)
     assert x[0] > 4
+
+
+def test_state_of_before_masters_were_residuals_is_taken():
+    straight, x = make_parameters(torch.bfloat16), make_parameters(torch.bfloat16)
+    a, b = AdamW(straight, **OPTIONS), AdamW(x, **OPTIONS)
+    run(a, straight, range(3))
+    state = copy.deepcopy(a.state_dict())
+    for entry, parameter in zip(state["state"].values(), straight, strict=True):
+        entry["master"] = a.master(parameter)
+        del entry["residual"]
+    b.load_state_dict(state)
+    run(a, straight, range(3, 6))
+    run(b, x, range(3, 6))  # from other weights: the masters count
+    assert all(torch.equal(p, q) for p, q in zip(straight, x, strict=True))
+
+
+def test_a_model_may_change_its_dtype():
+    x, y = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    a, b = AdamW([x], **OPTIONS), torch.optim.AdamW([y], **OPTIONS)
+    for step, dtype in enumerate((torch.float32, torch.bfloat16, torch.float32)):
+        x.data = x.data.to(dtype)
+        x.grad = None
+        run(a, [x], range(step, step + 1))
+        run(b, [y], range(step, step + 1))
+        assert_close(x, y, torch.bfloat16)
 
 
 def test_groups_closures_schedulers_and_missing_gradients():
@@ -163,8 +193,9 @@ def test_bad_settings_and_gradients():
             AdamW([x], **options)
     with pytest.raises(ValueError, match="empty"):
         AdamW([])
-    with pytest.raises(InputTypeError, match="complex64"):
-        AdamW([nn.Parameter(torch.ones(2, dtype=torch.complex64))])
+    for dtype in (torch.complex64, torch.float16):
+        with pytest.raises(InputTypeError, match=str(dtype)):
+            AdamW([nn.Parameter(torch.ones(2, dtype=dtype))])
     table = nn.Embedding(4, 2, sparse=True)
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(InputTypeError, match="sparse=False"):

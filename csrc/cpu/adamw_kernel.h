@@ -3,52 +3,38 @@
 
 namespace pygpt::PYGPT_ISA {
 
-// Rounds into memory past the cache, which would read the line first. To be followed by end_streaming.
-PYGPT_INLINE void stream(bf16* p, vf v) {
-#if PYGPT_LANES == 16
-  __m256i h;
-  store(reinterpret_cast<bf16*>(&h), v);
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), h);
-#elif PYGPT_LANES == 8
-  __m128i h;
-  store(reinterpret_cast<bf16*>(&h), v);
-  _mm_stream_si128(reinterpret_cast<__m128i*>(p), h);
-#else
-  store(p, v);
-#endif
+PYGPT_INLINE vf load_master(const float* weight, const int16_t*, int64_t i, int64_t n) { return load_step(weight + i, n); }
+PYGPT_INLINE void store_master(float* weight, int16_t*, vf w, int64_t i, int64_t n) { store_step(weight + i, w, n); }
+
+PYGPT_INLINE vu load_upper_step(const void* p, int64_t n) { return n == kLanes ? load_upper(p) : load_upper(p, n); }
+PYGPT_INLINE void store_upper_step(void* p, vu v, int64_t n) { n == kLanes ? store_upper(p, v) : store_upper(p, v, n); }
+
+// The float32 whose nearest bf16 is `weight`, ties away from zero, and whose bits are the residual further on. Only a zero that
+// somebody wrote over a weight can change its sign there: it stays zero.
+PYGPT_INLINE vf load_master(const bf16* weight, const int16_t* residual, int64_t i, int64_t n) {
+  const vu upper = load_upper_step(weight + i, n);
+  const vu bits = upper + (vu)((vi)load_upper_step(residual + i, n) >> 16), changed = (vu)((vi)(upper ^ bits) >> 31);
+  return (vf)((bits & ~changed) | (upper & changed));
 }
 
-PYGPT_INLINE void end_streaming() {
-#if PYGPT_LANES >= 8
-  _mm_sfence();
-#endif
+PYGPT_INLINE void store_master(bf16* weight, int16_t* residual, vf w, int64_t i, int64_t n) {
+  const vu bits = (vu)(w != w ? (vi)(vu{} + 0x7fc00000u) : (vi)w);
+  store_upper_step(weight + i, bits + 0x8000u, n);
+  store_upper_step(residual + i, bits << 16, n);
 }
 
-// weight: rounded copy of the master, or null where the weights are float32 themselves. STREAM: the copy is larger than the
-// cache, and aligned.
-template <class G, bool STREAM>
-static void adamw_range_of(const G* grad, float* master, float* mean, float* square, bf16* weight, int64_t count,
-                           AdamWStep s) {
+// W: float, without residuals, or bf16.
+template <class W, class G>
+void adamw_range(const G* grad, W* weight, int16_t* residual, float* mean, float* square, int64_t count, AdamWStep s) {
   PYGPT_FOR_LANES(count, {
     const vf g = load_step(grad + i, n) * s.grad_factor;
     const vf m = load_step(mean + i, n) * s.beta1 + g * s.rest1;
     const vf v = load_step(square + i, n) * s.beta2 + g * g * s.rest2;
-    const vf w = load_step(master + i, n) * s.decay - m * s.rate / (vsqrt(v) * s.correction + s.eps);
+    const vf w = load_master(weight, residual, i, n) * s.decay - m * s.rate / (vsqrt(v) * s.correction + s.eps);
     store_step(mean + i, m, n);
     store_step(square + i, v, n);
-    store_step(master + i, w, n);
-    if (STREAM && n == kLanes)
-      stream(weight + i, w);
-    else if (weight)
-      store_step(weight + i, w, n);
+    store_master(weight, residual, w, i, n);
   })
-  if (STREAM) end_streaming();
-}
-
-template <class G>
-void adamw_range(const G* grad, float* master, float* mean, float* square, bf16* weight, int64_t count, AdamWStep s) {
-  const bool stream = s.stream && weight && reinterpret_cast<uintptr_t>(weight) % 32 == 0;
-  (stream ? adamw_range_of<G, true> : adamw_range_of<G, false>)(grad, master, mean, square, weight, count, s);
 }
 
 // Short sums in float32, their sum in double: as near as one needs, at the speed of float32.
