@@ -30,6 +30,8 @@ triton = pytest.importorskip("triton", reason="triton is not installed: the Trit
 
 from pygpt import kernels, ops  # noqa: E402
 from pygpt.kernels import attention as katt  # noqa: E402
+from pygpt.kernels import attention_backward as kgrad  # noqa: E402
+from pygpt.kernels import attention_tile as ktile  # noqa: E402
 from pygpt.kernels import cross_entropy as kce  # noqa: E402
 from pygpt.kernels import embedding as kemb  # noqa: E402
 from pygpt.kernels import gelu as kgelu  # noqa: E402
@@ -235,14 +237,14 @@ def attention_case(q, k, v, scale=0.3, dropout_p=0.0, seed=None, document=None):
     assert_close(lse, expected_lse, BF16 if dtype != F32 else F32, "lse")
     grad = draw(*q.shape, dtype=dtype, seed=9)
     saved = (grad, q, k, v, out, lse, scale, dropout_p, seed_tensor, document)
-    grads = katt.causal_attention_backward(*saved)
+    grads = kgrad.causal_attention_backward(*saved)
     expected.backward(grad.double())
     for name, actual, r in zip("qkv", grads, (rq, rk, rv), strict=True):
         # A query that sees few keys has small gradients, of which mostly roundings are left: see test_cuda_kernels.
         few_keys = document is not None and name != "v"
         floor = 4 * abs(scale) * q.shape[3] ** 0.5 / (1 - dropout_p) if few_keys else 1e-3
         assert_close(actual, r.grad, dtype, f"grad {name}", floor)
-    for first, second in zip(grads, katt.causal_attention_backward(*saved), strict=True):
+    for first, second in zip(grads, kgrad.causal_attention_backward(*saved), strict=True):
         assert torch.equal(first, second)
 
 
@@ -266,7 +268,7 @@ def test_attention(shape, dtype):
 @pytest.mark.parametrize("T", [1, 3])
 def test_attention_decode_splits_the_keys(T):
     q, k, v = qkv(1, T, 531, 1, 16)
-    tile = katt.choose(katt.FORWARD, q, False)
+    tile = ktile.choose(katt.FORWARD, q, False)
     assert DEVICE == "cuda" or katt._splits(q, k, tile) > 1
     attention_case(q, k, v)
 
@@ -299,7 +301,9 @@ def test_attention_of_starts_out_of_range(T, S):
     assert_close(out, expected, F32, "out")
     assert_close(lse, expected_lse, F32, "lse")
     attention_case(q, k, v, document=clamped.int())
-    grads = (katt.causal_attention_backward(out, q, k, v, out, lse, 0.3, 0.0, None, d) for d in (starts, clamped.int()))
+    grads = (
+        kgrad.causal_attention_backward(out, q, k, v, out, lse, 0.3, 0.0, None, d) for d in (starts, clamped.int())
+    )
     for given, wanted in zip(*grads, strict=True):
         assert torch.equal(given, wanted)
 
@@ -357,7 +361,8 @@ def test_operators_through_the_dispatcher(triton_answers, monkeypatch):
     for module, name in (
         (kln, "_forward"),
         (kln, "_backward"),
-        (katt, "_strides"),
+        (katt, "strides"),
+        (kgrad, "strides"),
         (kemb, "_pieces_kernel"),
         (kgelu, "_columns"),
     ):
@@ -378,7 +383,7 @@ def test_operators_through_the_dispatcher(triton_answers, monkeypatch):
     expected = [t.clone().double().requires_grad_() for t in inputs]
     result = block(idx, *leaves, ops)
     result.backward()
-    assert set(calls) == {"_forward", "_backward", "_strides", "_pieces_kernel", "_columns"}
+    assert set(calls) == {"_forward", "_backward", "strides", "_pieces_kernel", "_columns"}
     with backends.use_backend("eager"):
         reference_result = block(idx, *expected, ops)
         reference_result.backward()

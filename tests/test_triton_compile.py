@@ -51,13 +51,13 @@ def compiled(op: str, arch: int) -> list[dict]:
 
 
 def test_every_line_of_the_attention_tables_is_taken_somewhere(monkeypatch: pytest.MonkeyPatch):
-    from pygpt.kernels import attention, device
+    from pygpt.kernels import attention, attention_backward, attention_tile, device
 
-    for table in (attention.FORWARD, attention.GRAD_Q, attention.GRAD_KV):
+    for table in (attention.FORWARD, attention_backward.GRAD_Q, attention_backward.GRAD_KV):
         taken = set()
         for arch in (80, 90, 120):
             monkeypatch.setattr(device, "assumed_architecture", arch)
             for row in table:
                 q = torch.empty(1, min(row.T, 1024), 1, row.D, dtype={16: torch.bfloat16, 32: torch.float32}[row.bits])
-                taken |= {attention.choose(table, q, dropout) for dropout in (False, True)}
+                taken |= {attention_tile.choose(table, q, dropout) for dropout in (False, True)}
         assert taken == {row.config for row in table}

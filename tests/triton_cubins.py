@@ -25,7 +25,17 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from pygpt.kernels import adamw, attention, cross_entropy, device, embedding, gelu, layer_norm
+from pygpt.kernels import (
+    adamw,
+    attention,
+    attention_backward,
+    attention_tile,
+    cross_entropy,
+    device,
+    embedding,
+    gelu,
+    layer_norm,
+)
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -174,13 +184,13 @@ def attention_cases(later: bool = False) -> Iterator[tuple[str, Callable[[], Any
         if backward:
             attention.causal_attention_backward(q, q, k, v, q, meta(B, H, T, dtype=f32), 0.1, p, seed, starts)
 
-    for table in (attention.FORWARD, attention.GRAD_Q, attention.GRAD_KV):
+    for table in (attention.FORWARD, attention_backward.GRAD_Q, attention_backward.GRAD_KV):
         for row in table:
             if later and row.arch != attention.LATER:
                 continue
             dtype, T = {16: bf16, 32: f32}[row.bits], min(row.T, 1024)
             for dropout in (False, True) if row.dropout is None else (row.dropout,):
-                if attention.choose(table, meta(1, T, 1, row.D, dtype=dtype), dropout) != row.config:
+                if attention_tile.choose(table, meta(1, T, 1, row.D, dtype=dtype), dropout) != row.config:
                     continue  # this line is for other architectures
                 forward = table is attention.FORWARD
                 name = f"D {row.D} T {T}{' dropout' if dropout else ''}"
@@ -213,10 +223,10 @@ def other_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 
     def update(dtype: torch.dtype) -> None:
         weight, state = meta(4096, dtype=dtype), meta(4096, dtype=f32)
-        master = weight if dtype == f32 else state
+        residuals = [] if dtype == f32 else [meta(4096, dtype=torch.int16)]
         for factor in (None, meta(1, dtype=f32)):
             adamw.adamw_(
-                [weight], [weight], [master], [state], [state], [state],
+                [weight], [weight], residuals, [state], [state], [state],
                 lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, grad_factor=factor,
             )  # fmt: skip
 
