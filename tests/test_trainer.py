@@ -1,118 +1,41 @@
-"""The training loop, its checkpoints and what it writes, on a tiny model and real steps."""
+"""The training loop and what it writes, on a tiny model and real steps."""
 
 from __future__ import annotations
 
 import functools
-import io
 import json
 import math
 import os
-import shutil
 import signal
-import subprocess
 import sys
 import types
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
+from tiny_training import (
+    BATCH,
+    BLOCK,
+    SETTINGS,
+    VOCABULARY,
+    batch,
+    interrupt_after,
+    make_model,
+    make_trainer,
+    printed,
+    resumed,
+    rows,
+    validation,
+)
 from torch import Tensor
 
 from pygpt import GPT, GPTConfig
-from pygpt.data import RandomOffsets
-from pygpt.errors import InputError, MissingFileError
-from pygpt.train import TrainConfig, Trainer, resolve_checkpoint
-from pygpt.train.checkpoint import NotWrittenError, checkpoints, read_training
+from pygpt.errors import InputError
+from pygpt.train import TrainConfig
+from pygpt.train.checkpoint import checkpoints
 from pygpt.train.metrics import read_metrics
-from pygpt.train.trainer import DivergedError, check_run, resolve_device
-
-LINUX = sys.platform == "linux"
-VOCABULARY, BLOCK, BATCH = 17, 16, 4
-SETTINGS = TrainConfig(
-    steps=20, learning_rate=1e-2, warmup=4, log_every=1, eval_every=5, checkpoint_every=5, device="cpu", keep=2
-)
-# A text with something to learn: every token is followed by the next one, modulo the vocabulary, nine times of ten.
-JUMPS = torch.rand(4096, generator=torch.Generator().manual_seed(0)) < 0.1
-TOKENS = (torch.arange(4096) + 5 * JUMPS.cumsum(0)) % VOCABULARY
-
-
-@pytest.fixture
-def flushed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was flushed to disk and renamed, in this order."""
-    events: list[str] = []
-    flush, rename = os.fsync, os.replace
-
-    def fsync(descriptor: int) -> None:
-        events.append(f"flush {os.path.relpath(os.readlink(f'/proc/self/fd/{descriptor}'))}" if LINUX else "flush")
-        flush(descriptor)
-
-    def replace(source: str | Path, target: str | Path) -> None:
-        events.append(f"rename {os.path.relpath(target)}")
-        rename(source, target)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "replace", replace)
-    return events
-
-
-def make_model(dropout: float = 0.0, seed: int = 0) -> GPT:
-    torch.manual_seed(seed)
-    return GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=BLOCK, vocab_size=VOCABULARY, dropout=dropout))
-
-
-batch = RandomOffsets(TOKENS, BLOCK, BATCH, seed=3).batch
-
-
-def validation(model: GPT) -> float:
-    torch.rand(7)  # an evaluation may draw random numbers; training must not notice
-    x, y = RandomOffsets(TOKENS, BLOCK, BATCH, seed=4).batch(0)
-    return model(x, y)[1].item()
-
-
-def make_trainer(run: Path, config: TrainConfig = SETTINGS, model: GPT | None = None, **options: Any) -> Trainer:
-    options = {"batch": batch, "evaluate": validation, "console": Console(file=io.StringIO(), width=200)} | options
-    return Trainer(model or make_model(), options.pop("batch"), config, run, **options)
-
-
-def printed(trainer: Trainer) -> str:
-    return trainer.console.file.getvalue()
-
-
-def interrupt_after(step: int, number: int = signal.SIGINT) -> Callable[[int], tuple[Tensor, ...]]:
-    """A batch function that also sends this process a signal while the given step is being made ready."""
-
-    def signalling(index: int) -> tuple[Tensor, ...]:
-        if index == step - 1:
-            os.kill(os.getpid(), number)
-        return batch(index)
-
-    return signalling
-
-
-def resumed(run: Path, config: TrainConfig = SETTINGS, **options: Any) -> Trainer:
-    """A new trainer that stands where the run's latest checkpoint does."""
-    folder = checkpoints(run)[-1]
-    trainer = make_trainer(run, config, GPT.from_pretrained(folder), **options)
-    trainer.resume(folder)
-    return trainer
-
-
-def rows(run: Path) -> list[dict[str, float]]:
-    """The run's metrics but for what the clock decides."""
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "mfu")} for row in read_metrics(run)]
-
-
-def assert_same_state(one: Trainer, other: Trainer) -> None:
-    for (name, x), y in zip(one.model.named_parameters(), other.model.parameters(), strict=True):
-        assert torch.equal(x, y), name
-        a, b = one.optimizer.state[x], other.optimizer.state[y]
-        assert a.keys() == b.keys()
-        for key in a:
-            assert torch.equal(a[key], b[key]), f"{name} {key}"
+from pygpt.train.trainer import DivergedError, resolve_device
 
 
 def test_the_loop_is_the_one_written_out_by_hand(tmp_path):
@@ -190,30 +113,6 @@ def test_a_step_without_targets_is_an_error(tmp_path):
         trainer.train()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_20_steps_are_10_and_10_more_to_the_last_bit(tmp_path, dtype):
-    """With dropout, accumulation, evaluations that draw random numbers, and samples."""
-    config = replace(SETTINGS, dtype=dtype, accumulate=2, sample_every=4)
-
-    def options() -> dict[str, Any]:
-        return {"sample": lambda model: str(torch.rand(3))}
-
-    straight = make_trainer(tmp_path / "straight", config, make_model(0.2), **options())
-    straight.train()
-    first = make_trainer(tmp_path / "two", config, make_model(0.2), batch=interrupt_after(20), **options())
-    first.train()
-    assert first.step == 10
-    assert "--resume" in printed(first)
-    torch.manual_seed(99)
-    second = resumed(tmp_path / "two", config, **options())
-    assert second.step == 10
-    second.train()
-    assert_same_state(straight, second)
-    assert rows(tmp_path / "straight") == rows(tmp_path / "two")
-    weights = [checkpoints(tmp_path / name)[-1] / "model.safetensors" for name in ("straight", "two")]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
-
-
 def test_dropout_differs_from_step_to_step(tmp_path):
     """What the test before would not notice: dropout that always drops the same."""
     model, same = make_model(0.5), batch(0)
@@ -222,28 +121,6 @@ def test_dropout_differs_from_step_to_step(tmp_path):
     ).train()
     losses = [row["loss"] for row in rows(tmp_path) if "loss" in row]
     assert len(set(losses)) == 5
-
-
-def test_a_crash_leaves_no_duplicate_metrics(tmp_path):
-    make_trainer(tmp_path / "straight").train()
-    run = tmp_path / "crashed"
-
-    def crash(index: int) -> tuple[Tensor, ...]:
-        if index == 13:
-            raise RuntimeError("power cut")
-        return batch(index)
-
-    with pytest.raises(RuntimeError, match="power cut"):
-        make_trainer(run, batch=crash).train()
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 14, "lo')
-    assert max(row["step"] for row in read_metrics(run)) == 13
-    (run / "checkpoints" / ".tmp-step_00000015").mkdir()
-    trainer = resumed(run)
-    assert trainer.step == 10
-    trainer.train()
-    assert rows(run) == rows(tmp_path / "straight")
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["best", "step_00000015", "step_00000020"]
 
 
 def test_sigterm_saves_too(tmp_path):
@@ -384,142 +261,6 @@ def test_divergence_is_noticed_before_an_interrupt_saves(tmp_path):
     assert [path.name for path in checkpoints(tmp_path)] == ["step_00000005"]
 
 
-def test_the_best_model_is_kept_apart(tmp_path):
-    losses = iter([9.0, 3.0, 2.0, 2.5, math.nan])  # before the first step, then after 5, 10, 15 and 20
-    weights = {}
-
-    def evaluate(model: GPT) -> float:
-        loss = next(losses)
-        weights[loss] = model.transformer.wte.weight.clone()
-        return loss
-
-    make_trainer(tmp_path, evaluate=evaluate).train()
-    best = GPT.from_pretrained(tmp_path / "checkpoints" / "best")
-    assert torch.equal(best.transformer.wte.weight, weights[2.0])
-    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000015", "step_00000020"]  # keep=2
-    # A resumed run knows what the best was.
-    losses = iter([2.2, 2.1, 2.05, 2.01])
-    resumed(tmp_path, replace(SETTINGS, steps=30), evaluate=evaluate).train()
-    best = GPT.from_pretrained(tmp_path / "checkpoints" / "best")
-    assert torch.equal(best.transformer.wte.weight, weights[2.0])
-
-
-def test_a_crash_between_the_renames_loses_no_best_model(tmp_path):
-    make_trainer(tmp_path).train()
-    folder = tmp_path / "checkpoints"
-    (folder / "best").rename(folder / ".old-best")
-    resumed(tmp_path, replace(SETTINGS, steps=21, eval_every=1000), evaluate=lambda model: 1e9).train()
-    GPT.from_pretrained(folder / "best")
-    assert not list(folder.glob(".*"))
-
-
-def test_a_run_is_never_overwritten(tmp_path):
-    make_trainer(tmp_path).train()
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(InputError, match="earlier run"):
-        make_trainer(tmp_path).train()
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    with pytest.raises(InputError, match="already at step 20 of 20"):
-        resumed(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "training.json", "config.json"])
-def test_damaged_and_missing_files_are_named(tmp_path, name):
-    make_trainer(tmp_path, replace(SETTINGS, steps=1)).train()
-    file = checkpoints(tmp_path)[-1] / name
-    content = file.read_bytes()
-    for damaged in (content[: len(content) // 2], b""):
-        file.write_bytes(damaged)
-        with pytest.raises(InputError, match=name):
-            resumed(tmp_path)
-    file.unlink()
-    with pytest.raises(MissingFileError, match=name):
-        resumed(tmp_path)
-    for content in ('{"step": 1}', '{"settings": {}}', "[]", '{"step": "1", "settings": {}}'):
-        (file.parent / "training.json").write_text(content)
-        with pytest.raises(InputError, match=r"training\.json' is damaged: it lacks"):
-            read_training(file.parent)
-
-
-def test_what_resolves_to_a_checkpoint(tmp_path):
-    run = tmp_path / "run"
-    make_trainer(run, replace(SETTINGS, keep=3)).train()
-    latest = run / "checkpoints" / "step_00000020"
-    best = run / "checkpoints" / "best"
-    assert resolve_checkpoint(run) == resolve_checkpoint(str(best)) == best
-    assert resolve_checkpoint(latest) == latest
-    shutil.rmtree(best)
-    assert resolve_checkpoint(run) == latest
-    (run / "checkpoints" / "step_00000099.bak").mkdir()
-    (run / "checkpoints" / ".tmp-step_00000030").mkdir()
-    shutil.copytree(latest, run / "checkpoints" / "step_123456789")  # more digits than usual is later, not earlier
-    assert resolve_checkpoint(run).name == "step_123456789"
-    with pytest.raises(MissingFileError, match="nowhere"):
-        resolve_checkpoint(tmp_path / "nowhere")
-    with pytest.raises(MissingFileError, match="neither"):
-        resolve_checkpoint(tmp_path)
-
-
-@pytest.mark.skipif(not LINUX, reason="names of open files come from /proc")
-def test_a_checkpoint_is_on_disk_before_it_has_its_name(tmp_path, flushed, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    make_trainer(Path("run"), replace(SETTINGS, steps=1), evaluate=None).train()
-    rename = flushed.index("rename run/checkpoints/step_00000001")
-    names = ["config.json", "model.safetensors", "training.json", "training.safetensors"]
-    temporary = "flush run/checkpoints/.tmp-step_00000001"
-    assert sorted(flushed[rename - 5 : rename]) == [temporary, *(f"{temporary}/{name}" for name in names)]
-    assert flushed[rename + 1] == "flush run/checkpoints"
-
-
-def test_a_failed_write_leaves_the_checkpoints_as_they_were(tmp_path):
-    trainer = make_trainer(tmp_path, replace(SETTINGS, steps=5))
-    trainer.train()
-
-    class FullDisk:
-        def save(self, folder: Path) -> None:
-            raise OSError(28, "No space left on device")
-
-    trainer.beside = [FullDisk()]
-    before = (checkpoints(tmp_path)[-1] / "model.safetensors").read_bytes()
-    with torch.no_grad():
-        trainer.model.transformer.wte.weight.zero_()
-    with pytest.raises(
-        NotWrittenError, match=r"could not be written .*No space .*last good checkpoint is '.*00000005'"
-    ):
-        trainer.save()
-    assert [path.name for path in (tmp_path / "checkpoints").glob(".*")] == []
-    assert (checkpoints(tmp_path)[-1] / "model.safetensors").read_bytes() == before
-    assert len(checkpoints(tmp_path)) == 1
-
-
-@pytest.mark.skipif(not LINUX, reason="a limit on the size of files stands for a full disk")
-def test_a_full_disk(tmp_path):
-    """In a process of its own, whose files may not grow much beyond what the weights take: the optimizer's state does not fit."""
-    make_trainer(tmp_path, replace(SETTINGS, steps=5, checkpoint_every=5)).train()
-    code = """if True:
-        import resource, sys
-        from dataclasses import replace
-        from pathlib import Path
-        import test_trainer as t
-        run = Path(sys.argv[1])
-        trainer = t.resumed(run)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
-        try:
-            trainer.train()
-        except t.NotWrittenError as error:
-            print(error)
-    """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    limit = (checkpoints(tmp_path)[-1] / "model.safetensors").stat().st_size + 10_000
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path), str(limit)],
-        cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert "step_00000010' could not be written" in done.stdout, done.stderr
-    assert done.stdout.endswith("step_00000005'\n")
-    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000005"]
-
-
 def test_tensorboard_and_the_plot_show_the_metrics(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     pytest.importorskip("matplotlib")
@@ -621,16 +362,6 @@ def test_metrics_are_json_lines(tmp_path):
             read_metrics(tmp_path)
 
 
-def test_folders_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").write_text("mine")
-    for name in ("file", "file/run"):
-        with pytest.raises(InputError, match="cannot be made"):
-            make_trainer(tmp_path / name).train()
-        with pytest.raises(InputError, match=r"/file' is a file; choose another --out"):
-            check_run(SETTINGS, tmp_path / name, resume=False, overwrite=True, changeable=())
-    assert (tmp_path / "file").read_text() == "mine"
-
-
 def test_training_stops_when_validation_no_longer_gets_better(tmp_path):
     """The lowest loss, 2, is met at step 4; the same loss again is not lower, so that patience 3 ends with step 7."""
     losses = iter([9.0, 5.0, 3.0, 4.0, 2.0, 2.0, 6.0, 2.0, 1.0])  # the first is the evaluation before training
@@ -656,28 +387,3 @@ def test_an_evaluation_may_give_more_figures(tmp_path):
     trainer.train()
     assert "step 20: validation loss 0.5000, macro f1 0.2500" in printed(trainer)
     assert [row["val_macro_f1"] for row in read_metrics(tmp_path) if "val_loss" in row] == [0.25] * 5
-
-
-def test_frozen_parameters_stay_and_a_resumed_run_ends_with_the_same_bits(tmp_path):
-    def partly_frozen(model: GPT) -> GPT:
-        model.transformer.requires_grad_(False)
-        model.transformer.h[1].requires_grad_(True)
-        return model
-
-    start = make_model().state_dict()
-    whole = make_trainer(tmp_path / "whole", model=partly_frozen(make_model()))
-    whole.train()
-    for name, tensor in whole.model.state_dict().items():
-        assert torch.equal(tensor, start[name]) == (".h.1." not in name), name
-    config = replace(SETTINGS, keep=9)
-    make_trainer(tmp_path / "parts", config, partly_frozen(make_model())).train()
-    folder = tmp_path / "parts" / "checkpoints" / "step_00000010"
-    parts = make_trainer(tmp_path / "parts", config, partly_frozen(GPT.from_pretrained(folder)))
-    parts.resume(folder)
-    parts.train()
-    trained = [p for p in whole.model.parameters() if p.requires_grad]
-    for one, other in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
-        assert torch.equal(one, other)
-    assert whole.optimizer.state.keys() == set(trained)
-    with pytest.raises(InputError, match="nothing to train"):
-        make_trainer(tmp_path / "none", model=make_model().requires_grad_(False))
