@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 PLAIN, TUNED = "as it comes", "tuned"  # allocator settings
@@ -58,32 +60,28 @@ def peers_of(rows: list[Row]) -> list[str]:
 
 
 def table(rows: list[Row], about: dict[str, Any]) -> Table:
-    """One line a case: pygpt's figures, and how many times as fast as each peer it is."""
+    """A section for each case, a line for each contestant: its figures, and how many times as fast pygpt is."""
     caption = " · ".join(f"{name} {value}" for name, value in about.items())
-    made = Table(title="pygpt, and how many times as fast as its peers it is", caption=caption)
-    made.add_column("what", overflow="fold")
-    made.add_column("pygpt", justify="right")
-    peers = peers_of(rows)
-    for name in peers:
-        made.add_column(f"over {name}", justify="right")
+    made = Table(title="How many times as fast as its peers pygpt is", caption=caption, box=box.SIMPLE_HEAD)
+    made.add_column("who", overflow="fold")
+    for name in ("time", "rate", "peak memory", "faster"):
+        made.add_column(name, justify="right", overflow="fold")
     for case in by_case(rows):
         first = next(iter(case.values()))
-        ours = case.get("pygpt", first)
-        figures = ours.problem if ours.ms is None else f"{ours.ms:.4g} ms\n{ours.rate:.4g} {ours.unit}"
-        if ours.peak_mib is not None:
-            figures += f"\n{ours.peak_mib:,.0f} MiB"
-        what = f"{first.op} {first.case}\n  {first.dtype} {first.passes}"
-        made.add_row(what, figures, *(_cell(case.get(name)) for name in peers))
+        made.add_section()
+        made.add_row(f"[bold]{escape(f'{first.op} {first.case}, {first.dtype}, {first.passes}')}[/]")
+        for row in case.values():
+            made.add_row(f"  {escape(row.name)}", *_figures(row))
     return made
 
 
-def _cell(row: Row | None) -> str:
-    if row is None:
-        return ""
-    if row.speedup is None:
-        return row.problem
-    memory = "" if row.peak_mib is None else f"\n{row.peak_mib:,.0f} MiB"
-    return f"{row.speedup:.2f}x{memory}"
+def _figures(row: Row) -> tuple[str, ...]:
+    if row.ms is None:
+        return (escape(row.problem),)
+    memory = "" if row.peak_mib is None else f"{row.peak_mib:,.0f} MiB"
+    time = f"{row.ms:.3g} ms" if row.ms < 1000 else f"{row.ms / 1e3:.3g} s"
+    faster = "" if row.speedup is None or row.who == "pygpt" else f"{row.speedup:.2f}x"
+    return time, f"{row.rate:.4g} {row.unit}", memory, faster
 
 
 def write_json(rows: list[Row], about: dict[str, Any], file: Path) -> None:
