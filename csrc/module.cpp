@@ -31,15 +31,6 @@ bool prefers_onednn() {
 #endif
 }
 
-// Whether the processor, at the capability in use, has instructions for products of bfloat16.
-bool multiplies_bf16() {
-#if PYGPT_X86_LEVELS
-  return pygpt::capability() >= pygpt::Capability::avx512_bf16;
-#else
-  return true;  // not known: the library decides
-#endif
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -50,8 +41,8 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("cpu_capability", &pygpt::capability_name, "Instruction set the CPU kernels use.");
   m.def("available_cpu_capabilities", &pygpt::available_capabilities, "Instruction sets of this machine, lowest first.");
-  m.def("set_cpu_capability", &pygpt::set_capability, pybind11::arg("name"), "Lower the instruction set, or raise it again.");
+  m.def("set_cpu_capability", &pygpt::set_capability, pybind11::arg("name"), "Lower the instruction set, or raise it again; \"\": as at first.");
   m.def("prefers_onednn", &prefers_onednn, "Whether float32 products are faster through oneDNN than through MKL here.");
-  m.def("multiplies_bf16", &multiplies_bf16, "Whether there are instructions for products of bfloat16 here.");
+  m.def("multiplies_bf16", &pygpt::multiplies_bf16, "Whether products of bfloat16 are faster than those of float32 here.");
   m.def("tune_allocator", &tune_allocator, "Keep freed memory in this process; see pygpt.tune_allocator.");
 }

@@ -31,11 +31,10 @@ def capability(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once per CPU instruction set of this machine, with the compiled kernels forced."""
     if backends.extension is None:
         pytest.skip("pygpt._C is not built: there are no compiled CPU kernels to test")
-    before = backends.extension.cpu_capability()
     backends.extension.set_cpu_capability(request.param)
     with backends.use_backend("cpp"):
         yield request.param
-    backends.extension.set_cpu_capability(before)
+    backends.extension.set_cpu_capability("")
 
 
 @pytest.fixture(scope="session")

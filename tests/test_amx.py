@@ -155,7 +155,6 @@ def run(level, case, dtype=torch.bfloat16):
         k = (k * torch.linspace(0, 8, S, dtype=dtype)[:, None, None]).detach().requires_grad_()
     starts = document_starts(documents, T) if documents else None
     cotangent = leaf(B, T, H, D, dtype=dtype, seed=9).detach()
-    before = backends.extension.cpu_capability()
     backends.extension.set_cpu_capability(level)
     try:
         with backends.use_backend("cpp"):
@@ -166,7 +165,7 @@ def run(level, case, dtype=torch.bfloat16):
             out = ops.causal_attention(q, k, v, None, dropout_p, starts)
             grads = torch.autograd.grad(out, (q, k, v), cotangent)
     finally:
-        backends.extension.set_cpu_capability(before)
+        backends.extension.set_cpu_capability("")
     keep = dropout_mask(seed, (B, H, T, S), dropout_p) if dropout_p else None
     return [out.detach(), lse, *grads], (q, k, v, keep, dropout_p, starts, cotangent)
 

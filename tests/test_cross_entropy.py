@@ -18,13 +18,12 @@ def backend(request):
     name, *lowest = request.param.split()
     if name == "cpp" and backends.extension is None:
         pytest.skip("pygpt._C is not built")
-    before = backends.extension.cpu_capability() if lowest else ""
     if lowest:
         backends.extension.set_cpu_capability(backends.extension.available_cpu_capabilities()[0])
     with use_backend(name):
         yield
     if lowest:
-        backends.extension.set_cpu_capability(before)
+        backends.extension.set_cpu_capability("")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

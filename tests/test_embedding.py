@@ -73,13 +73,12 @@ def test_odd_shapes_and_strides(B, T, V, C, dtype, idx_dtype, step, distinct, of
     idx = token_ids(B, T * step, min(V, distinct))[:, ::step].to(idx_dtype) + max(0, V - distinct)
     tables = leaf(V, C * step, dtype=dtype)[:, ::step], leaf(T + offset, C, dtype=dtype, seed=1)
     grad = leaf(T, B, C, dtype=dtype, seed=2).detach().transpose(0, 1)
-    before = backends.extension.cpu_capability()
     backends.extension.set_cpu_capability(level)
     try:
         with backends.use_backend("cpp"):
             compare(idx, *tables, offset, grad)
     finally:
-        backends.extension.set_cpu_capability(before)
+        backends.extension.set_cpu_capability("")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

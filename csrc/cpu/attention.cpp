@@ -118,7 +118,7 @@ auto forward_kernel() {
   if constexpr (std::is_same_v<T, bf16>)
     if (capability() >= Capability::amx) return amx::attention_forward<T>;
 #endif
-  return PYGPT_DISPATCH(attention_forward<T>);
+  return PYGPT_DISPATCH_PRODUCTS(attention_forward<T>);
 }
 
 template <class T>
@@ -127,7 +127,7 @@ auto backward_kernel() {
   if constexpr (std::is_same_v<T, bf16>)
     if (capability() >= Capability::amx) return amx::attention_backward<T>;
 #endif
-  return PYGPT_DISPATCH(attention_backward<T>);
+  return PYGPT_DISPATCH_PRODUCTS(attention_backward<T>);
 }
 
 Tensor workspace(const Tensor& like, int64_t floats) { return new_empty(like, {floats}, ScalarType::Float); }
@@ -155,11 +155,11 @@ void decode(const AttentionShape& shape, const Tensor& q, const Tensor& k, const
   Tensor space = workspace(q, items * shape.decode_workspace());
   float* base = space.mutable_data_ptr<float>();
   const int64_t grain = items / threads_for(16.0 * heads * shape.S * shape.D);
-  const auto kernel = PYGPT_DISPATCH(attention_decode<T>);
+  const auto kernel = PYGPT_DISPATCH_PRODUCTS(attention_decode<T>);
   torch::stable::parallel_for(0, items, std::max<int64_t>(grain, 1), [&](int64_t first, int64_t last) {
     kernel(shape, view<T>(q), view<T>(k), view<T>(v), base, first, last);
   });
-  PYGPT_DISPATCH(attention_decode_join<T>)(shape, base, out, lse, 0, heads);
+  PYGPT_DISPATCH_PRODUCTS(attention_decode_join<T>)(shape, base, out, lse, 0, heads);
 }
 
 std::tuple<Tensor, Tensor> causal_attention_forward(Tensor q, Tensor k, Tensor v, double scale, double dropout_p,

@@ -17,7 +17,13 @@ enum class Capability : int { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 
 // The level in use. Read once from the environment, then only changed by set_capability. Throws std::invalid_argument if
 // the environment asks for a name that the machine lacks.
 Capability capability();
-// Lowers (or raises again) the level; throws std::invalid_argument for a name the machine lacks. For tests and benches.
+// The level for products of bfloat16, which is a lower one where those of float32 are faster (see capability.cpp), unless
+// the level was asked for by its name.
+Capability product_capability();
+// Whether a library's products of bfloat16 are faster than those of float32.
+bool multiplies_bf16();
+// Lowers (or raises again) the level, or for "" puts back what it was at first; throws std::invalid_argument for a name the
+// machine lacks. For tests and benches.
 void set_capability(const std::string& name);
 std::string capability_name();
 // Every level this machine has, lowest first.
@@ -33,12 +39,14 @@ std::vector<std::string> available_capabilities();
 #ifdef PYGPT_WITH_AMX
 #define PYGPT_AMX_LEVEL 1
 #endif
-#define PYGPT_DISPATCH(...)                                                             \
-  (::pygpt::capability() >= ::pygpt::Capability::avx512_bf16 ? avx512_bf16::__VA_ARGS__ \
-   : ::pygpt::capability() >= ::pygpt::Capability::avx512    ? avx512::__VA_ARGS__      \
-   : ::pygpt::capability() >= ::pygpt::Capability::avx2      ? avx2::__VA_ARGS__        \
-                                                             : baseline::__VA_ARGS__)
+#define PYGPT_DISPATCH_AT(level, ...)                                     \
+  (level >= ::pygpt::Capability::avx512_bf16 ? avx512_bf16::__VA_ARGS__ \
+   : level >= ::pygpt::Capability::avx512    ? avx512::__VA_ARGS__      \
+   : level >= ::pygpt::Capability::avx2      ? avx2::__VA_ARGS__        \
+                                             : baseline::__VA_ARGS__)
 #else
 #define PYGPT_X86_LEVELS 0
-#define PYGPT_DISPATCH(...) (baseline::__VA_ARGS__)
+#define PYGPT_DISPATCH_AT(level, ...) (baseline::__VA_ARGS__)
 #endif
+#define PYGPT_DISPATCH(...) PYGPT_DISPATCH_AT(::pygpt::capability(), __VA_ARGS__)
+#define PYGPT_DISPATCH_PRODUCTS(...) PYGPT_DISPATCH_AT(::pygpt::product_capability(), __VA_ARGS__)

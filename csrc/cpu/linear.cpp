@@ -38,7 +38,7 @@ Tensor run(Tensor x, Tensor weight, const std::optional<Tensor>& scale, std::opt
   const T* b = bias ? static_cast<const T*>(bias->const_data_ptr()) : nullptr;
   T* out = static_cast<T*>(y.mutable_data_ptr());
   const auto over_columns = [&]<class X>(const X* in) {
-    const auto kernel = PYGPT_DISPATCH(linear_few_rows<X, W, T>);
+    const auto kernel = PYGPT_DISPATCH_PRODUCTS(linear_few_rows<X, W, T>);
     const int64_t grain = 1 + kGrainBytes / std::max<int64_t>(K * sizeof(W), 1);
     torch::stable::parallel_for(0, N, grain, [&](int64_t begin, int64_t end) {
       kernel(in, w + begin * K, s ? s + begin : nullptr, b ? b + begin : nullptr, out + begin, rows, end - begin, K, N);
