@@ -130,9 +130,11 @@ PYGPT_INLINE void linear_rows(const X* x, const W* weight, const float* scale, c
 template <class X, class W, class Y>
 void linear_few_rows(const X* x, const W* weight, const float* scale, const Y* bias, Y* y, int64_t rows, int64_t columns, int64_t K,
                      int64_t y_stride) {
+  // A tile and the next one share the first-level cache: half of 48 KB for each.
+  const int64_t ahead = 4 * K * static_cast<int64_t>(sizeof(W)) <= 24 << 10 ? 4 * K : 0;
   int64_t n = 0;
   for (; n + 4 <= columns; n += 4)
-    linear_rows<4>(x, weight + n * K, at(scale, n), at(bias, n), y + n, rows, K, y_stride, 4 * K);
+    linear_rows<4>(x, weight + n * K, at(scale, n), at(bias, n), y + n, rows, K, y_stride, ahead);
   for (; n < columns; ++n) linear_rows<1>(x, weight + n * K, at(scale, n), at(bias, n), y + n, rows, K, y_stride, 0);
 }
 

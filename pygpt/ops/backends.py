@@ -112,7 +112,7 @@ _forced: str | None = None
 _environment = os.environ.get("PYGPT_BACKEND")  # looked at when it first matters: `import pygpt` never fails for it
 _is_compiling = torch.compiler.is_compiling
 _in_torch_func = torch._C._are_functorch_transforms_active  # as torch.autograd.Function asks it
-_chosen: dict[tuple[str, str, torch.dtype, str | None], str] = {}
+_chosen: dict[tuple[str, torch.device, torch.dtype, str | None], str] = {}
 
 
 def _load_triton() -> str:
@@ -224,18 +224,22 @@ def choose(op: str, x: torch.Tensor) -> str:
         return "eager"
     if _is_compiling():  # a graph would be guarded on the cache, and compiled again as soon as anyone adds to it
         return _resolve(op, x.device.type, x.dtype, forced())
-    key = (op, x.device.type, x.dtype, _forced)
-    backend = _chosen.get(key)
+    backend = _chosen.get((op, x.device, x.dtype, _forced))
     if backend is None:
         _apply_environment()
-        key = (op, x.device.type, x.dtype, _forced)
-        backend = _chosen[key] = _resolve(*key)
+        backend = _resolve(op, x.device.type, x.dtype, _forced)
+        _chosen[op, x.device, x.dtype, _forced] = backend
     return backend
 
 
 def needs_reference() -> bool:
     """Whether forward-mode differentiation or a transform of torch.func is at work, which kernels have no formula for."""
     return _forward_ad._current_level >= 0 or _in_torch_func()
+
+
+def is_autocast(x: torch.Tensor) -> bool:
+    """Whether autocast is on for the device of x."""
+    return torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)  # to ask for the type takes longer than the rest
 
 
 def automatic_on_cpu(x: torch.Tensor, fewer_than: float = math.inf) -> bool:

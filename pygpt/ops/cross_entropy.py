@@ -20,7 +20,7 @@ from pygpt.errors import InputError, InputTypeError
 from pygpt.ops import backends
 from pygpt.ops.autograd import first_order
 from pygpt.ops.checks import check_device
-from pygpt.ops.linear import add_matmul_tn_, in_float32, linear, matmul_nt
+from pygpt.ops.linear import add_matmul_tn_, has_own_product, linear, matmul_nt
 
 # Where neither answers, the chunks below in torch's own ops are the implementation.
 backends.register("linear_cross_entropy", cpp=(torch.float32, torch.bfloat16))
@@ -47,7 +47,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
     on the CPU fewer than 65,536 logits are whole as well, unless a backend is forced.
     Raises InputError for shapes, devices and targets out of range, InputTypeError for dtypes.
     """
-    if torch.is_autocast_enabled(hidden.device.type):
+    if backends.is_autocast(hidden):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         with torch.autocast(hidden.device.type, enabled=False):
             return linear_cross_entropy(hidden.to(dtype), weight.to(dtype), targets, ignore_index)
@@ -58,7 +58,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
         and targets.dtype == torch.int64
     ):
         try:
-            logits = (linear if hidden.dtype == torch.float32 or in_float32(hidden) else F.linear)(hidden, weight)
+            logits = (linear if has_own_product(hidden) else F.linear)(hidden, weight)
             return F.cross_entropy(
                 logits if logits.itemsize > 2 else logits.float(), targets, ignore_index=ignore_index
             )

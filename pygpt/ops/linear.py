@@ -47,7 +47,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or x.shape[-1] != weight.shape[1]
         or 0 in weight.shape
         or not x.dtype == weight.dtype == (weight if bias is None else bias).dtype
-        or torch.is_autocast_enabled(x.device.type)
+        or backends.is_autocast(x)
         or torch.compiler.is_compiling()  # the compiler chooses its own products
     ):
         return F.linear(x, weight, bias)
@@ -114,12 +114,17 @@ def in_float32(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and backends.extension is not None and not backends.extension.multiplies_bf16()
 
 
+def has_own_product(x: Tensor) -> bool:
+    """Whether products of x on the CPU, to which no bias is added, are not the library's as torch calls it."""
+    return ONEDNN_IS_FASTER if x.dtype == torch.float32 else in_float32(x)
+
+
 def _has_own_way(a: Tensor, b: Tensor) -> bool:
     """Whether a product is not the library's as torch calls it."""
     return (
         not torch.compiler.is_compiling()  # before the shapes: a graph would be tied to what they are compared with
         and backends.choose("linear", a) != "eager"
-        and (ONEDNN_IS_FASTER if a.dtype == torch.float32 else in_float32(a))
+        and has_own_product(a)
         and a.shape[0] >= MIN_ROWS
         and 0 not in b.shape
         and 0 not in a.shape
