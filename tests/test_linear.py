@@ -120,7 +120,7 @@ needs_extension = pytest.mark.skipif(backends.extension is None, reason="pygpt._
 
 @needs_extension
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 8, 13, 15])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 8, 13, 15, 23, 63])
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (3, 16), (4, 33), (9, 31), (18, 97), (400, 640)])
 def test_few_rows_match_float64(capability, rows, N, K, dtype):
     x, weight = leaf(rows, K, dtype=dtype).detach(), leaf(N, K, dtype=dtype, seed=1).detach()
@@ -130,7 +130,8 @@ def test_few_rows_match_float64(capability, rows, N, K, dtype):
         assert y.dtype == dtype
         expected = F.linear(x.double(), weight.double(), None if b is None else b.double())
         assert_close(y, expected, dtype, floor=math.sqrt(K))
-        assert torch.equal(ops.linear(x, weight, b), y)
+        if linear_module.has_few_rows(x):
+            assert torch.equal(ops.linear(x, weight, b), y)
 
 
 @needs_extension

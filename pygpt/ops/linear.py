@@ -31,6 +31,7 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 ONEDNN_IS_FASTER = ONEDNN and backends.extension is not None and backends.extension.prefers_onednn()
 MKL_IS_A_PEER = torch.backends.cpu.get_cpu_capability() == "AVX2"  # it leaves AVX-512 unused
 ONEDNN_ADDS_BIAS = ONEDNN and backends.extension is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+MIN_ROWS_IN_FLOAT32 = 24 if MKL_IS_A_PEER else 64  # of a product whose operands are to be converted for the library
 backends.register("linear", cpp=(torch.float32, torch.bfloat16))
 
 
@@ -54,10 +55,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     with_grad = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
-    if 0 < x.numel() < MIN_ROWS * x.shape[-1]:
-        few_rows = not with_grad and weight.is_contiguous() and weight.is_cpu
-        if few_rows and (bias is None or (bias.is_cpu and bias.shape == weight.shape[:1])):
-            return torch.ops.pygpt.linear_few_rows.default(x, weight, bias)
+    few_rows = not with_grad and weight.is_contiguous() and weight.is_cpu and has_few_rows(x)
+    if few_rows and (bias is None or (bias.is_cpu and bias.shape == weight.shape[:1])):
+        return torch.ops.pygpt.linear_few_rows.default(x, weight, bias)
+    if x.numel() < MIN_ROWS * x.shape[-1]:
         return F.linear(x, weight, bias)
     if ours := in_float32(x):
         least = SMALL_PRODUCT
@@ -68,7 +69,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     small = x.numel() * weight.shape[0] < least and backends.automatic_on_cpu(x)
     # oneDNN takes the memory of a bias as it lies, whatever its strides are.
     plain = bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous())
-    if not ours or not plain or small or x.numel() == 0:
+    if not ours or not plain or small:
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias) if with_grad else _product(x, weight, bias)
 
@@ -107,6 +108,11 @@ def add_matmul_tn_(out: Tensor, a: Tensor, b: Tensor) -> None:
     out[:whole].addmm_(a.t()[:whole], b)
     if whole < out.shape[0]:
         out[whole:].addmm_(a.t()[whole:], b)
+
+
+def has_few_rows(x: Tensor) -> bool:
+    """Whether x has so few rows, but any, that the kernel's product with it is faster than a library's."""
+    return 0 < x.numel() < (MIN_ROWS_IN_FLOAT32 if in_float32(x) else MIN_ROWS) * x.shape[-1]
 
 
 def in_float32(x: Tensor) -> bool:
