@@ -61,6 +61,11 @@ STABLE_TORCH_LIBRARY(pygpt, m) {
   m.def("column_sum(Tensor x) -> Tensor");
   m.def("linear_int8(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor");
 
+  // a (M, K), b (K, N), bias (N,), bfloat16 -> a @ b + bias: on processors with AMX
+  m.def("matmul(Tensor a, Tensor b, Tensor? bias) -> Tensor");
+  // out (M, N) += a @ b
+  m.def("add_matmul_(Tensor(a!) out, Tensor a, Tensor b) -> ()");
+
   // logits (rows, V) contiguous; targets (rows,) int64 -> the rows' losses (rows,) float32, 0 where the target is
   // ignore_index. With grad_factor, a float32 scalar, logits become (softmax - one_hot) * grad_factor, or 0.
   m.def("cross_entropy_rows_(Tensor(a!) logits, Tensor targets, int ignore_index, Tensor? grad_factor) -> Tensor");

@@ -68,3 +68,17 @@ PYGPT_TILE void tile_dot_bf16() {
 }  // namespace pygpt
 
 #endif
+
+namespace pygpt {
+
+// The thread's tiles from here to the end of the scope. Nothing of what is in them outlives a product.
+struct TileScope {
+  TileScope() {
+    static constexpr TileConfig config = whole_tiles();
+    tile_configure(config);
+  }
+  ~TileScope() { tile_release(); }
+  TileScope(const TileScope&) = delete;
+};
+
+}  // namespace pygpt

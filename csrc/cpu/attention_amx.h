@@ -4,16 +4,6 @@
 
 namespace pygpt::PYGPT_ISA {
 
-// The thread's tiles from here to the end of the scope. Nothing of what is in them outlives a product.
-struct TileScope {
-  TileScope() {
-    static constexpr TileConfig config = whole_tiles();
-    tile_configure(config);
-  }
-  ~TileScope() { tile_release(); }
-  TileScope(const TileScope&) = delete;
-};
-
 // c (16 x COUNT * 16), or c + the product a b over k units, in whole steps of 16. Tile 0 holds a, 1 to 3 b, 4 to 7 c.
 template <bool ADD, int COUNT>
 static void product_tiles(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t k) {

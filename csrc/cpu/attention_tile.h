@@ -36,8 +36,6 @@ template <class T>
 constexpr int64_t kSumStep = kTiles<T> ? 32 : kLanes;
 
 PYGPT_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-PYGPT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-PYGPT_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // --- products ------------------------------------------------------------------------------------------------------
 
@@ -164,28 +162,6 @@ static void pack_summed_rows(const T* from, int64_t stride, int64_t rows, int64_
     if constexpr (kTiles<T>)
       std::memset(to, 0, (round_up(rows, kSumStep<T>) - round_up(rows, 2)) / 2 * width * sizeof(float));
   }
-}
-
-// kLanes x kLanes transpose: in step `width`, blocks of that width change places with their mirror image.
-template <int WIDTH>
-PYGPT_INLINE void transpose(vf rows[kLanes]) {
-  const vi lane = lane_numbers(), upper = (lane & WIDTH) != 0;
-  const vi pick_low = upper ? lane + (kLanes - WIDTH) : lane, pick_high = upper ? lane + kLanes : lane + WIDTH;
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    if (i & WIDTH) continue;
-    const vf a = rows[i], b = rows[i + WIDTH];
-#if defined(__GNUC__) && !defined(__clang__)
-    rows[i] = __builtin_shuffle(a, b, pick_low);
-    rows[i + WIDTH] = __builtin_shuffle(a, b, pick_high);
-#else
-    for (int l = 0; l < kLanes; ++l) {
-      rows[i][l] = pick_low[l] < kLanes ? a[pick_low[l]] : b[pick_low[l] - kLanes];
-      rows[i + WIDTH][l] = pick_high[l] < kLanes ? a[pick_high[l]] : b[pick_high[l] - kLanes];
-    }
-#endif
-  }
-  if constexpr (WIDTH > 1) transpose<WIDTH / 2>(rows);
 }
 
 // Rows as the second operand of a product over D: (width / kPair units x kBlock rows), absent rows zero.

@@ -12,6 +12,9 @@ typedef uint16_t vh __attribute__((vector_size(2 * PYGPT_LANES)));
 
 #define PYGPT_INLINE static inline __attribute__((always_inline, unused))
 
+PYGPT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+PYGPT_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
 PYGPT_INLINE vf splat(float x) { return x - vf{}; }
 
 PYGPT_INLINE vf load(const float* p) {
@@ -174,6 +177,28 @@ PYGPT_INLINE vf shuffle(vf a, vf b, vi which) {
   for (int i = 0; i < kLanes; ++i) v[i] = which[i] < kLanes ? a[which[i]] : b[which[i] - kLanes];
   return v;
 #endif
+}
+
+// kLanes x kLanes transpose: in step `width`, blocks of that width change places with their mirror image.
+template <int WIDTH>
+PYGPT_INLINE void transpose(vf rows[kLanes]) {
+  const vi lane = lane_numbers(), upper = (lane & WIDTH) != 0;
+  const vi pick_low = upper ? lane + (kLanes - WIDTH) : lane, pick_high = upper ? lane + kLanes : lane + WIDTH;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & WIDTH) continue;
+    const vf a = rows[i], b = rows[i + WIDTH];
+#if defined(__GNUC__) && !defined(__clang__)
+    rows[i] = __builtin_shuffle(a, b, pick_low);
+    rows[i + WIDTH] = __builtin_shuffle(a, b, pick_high);
+#else
+    for (int l = 0; l < kLanes; ++l) {
+      rows[i][l] = pick_low[l] < kLanes ? a[pick_low[l]] : b[pick_low[l] - kLanes];
+      rows[i + WIDTH][l] = pick_high[l] < kLanes ? a[pick_high[l]] : b[pick_high[l] - kLanes];
+    }
+#endif
+  }
+  if constexpr (WIDTH > 1) transpose<WIDTH / 2>(rows);
 }
 
 // 2^x for x <= 127: by polynomials in the fraction f, |f| <= 1/2, with the least largest relative error among those

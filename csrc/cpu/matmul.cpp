@@ -1,0 +1,130 @@
+// Products of bfloat16 matrices on processors with AMX: operands, blocks, threads and registration. The arithmetic is
+// matmul_kernel.h.
+//
+// The library's products repack their operands on one thread or miss the caches: bench/LOG.md has the figures. Here the
+// smaller operand is packed once, by all threads, and read from the last-level cache; of the other each thread packs a block
+// at a time that stays in its second-level cache. Blocks depend on the number of threads, the order of every sum does not.
+
+#include "cpu/matmul.h"
+
+#include <vector>
+
+#include "cpu/tensor.h"
+
+#define PYGPT_KERNELS_FOR_AMX
+#define PYGPT_KERNELS "cpu/matmul_kernel.h"
+#include "cpu/foreach_isa.h"
+
+namespace pygpt {
+namespace {
+
+#ifdef PYGPT_AMX_LEVEL
+
+constexpr int64_t kMaxK = 4096;                // of the summed dimension, packed at a time
+constexpr int64_t kBlockElements = 512 << 10;  // of a thread's block: half of a second-level cache of 2 MiB
+constexpr int64_t kMaxBlock = 256;             // rows or columns of it
+
+struct Operand {
+  const bf16* data;
+  MatmulStrides strides;
+};
+
+// x as an operand of any strides of which one is 1; else a copy.
+Operand operand(Tensor& x, int64_t free_dim) {
+  if (x.stride(0) != 1 && x.stride(1) != 1) x = torch::stable::contiguous(x);
+  MatmulStrides strides{x.stride(1 - free_dim), x.stride(free_dim)};
+  if (strides.k != 1 && strides.free != 1) (x.stride(0) == 1 ? strides.k : strides.free) = 1;
+  return {static_cast<const bf16*>(x.const_data_ptr()), strides};
+}
+
+void multiply(const Operand& left, const Operand& right, int64_t K, const MatmulOut& out, const Tensor& like) {
+  const bool left_is_block = out.rows >= out.columns;
+  const Operand &blocks = left_is_block ? left : right, &shared = left_is_block ? right : left;
+  const int64_t count = left_is_block ? out.rows : out.columns, shared_count = left_is_block ? out.columns : out.rows;
+  const int64_t threads = torch::stable::get_num_threads(), k_max = std::min(K, kMaxK);
+  const int64_t size = matmul_panel_elements(k_max), panels = matmul_panels(count), shared_panels = matmul_panels(shared_count);
+  // As many blocks as a multiple of the threads, none larger than the cache allows.
+  const int64_t largest = std::clamp<int64_t>(kBlockElements / size, 1, kMaxBlock / kMatmulPanel);
+  const int64_t rounds = (panels + largest * threads - 1) / (largest * threads);
+  const int64_t in_block = std::max<int64_t>(1, (panels + rounds * threads - 1) / (rounds * threads));
+  const int64_t items = (panels + in_block - 1) / in_block;
+  const bool across = K > kMaxK;
+
+  const int64_t per_item = (in_block * size * 2 + (across ? 0 : in_block * kMatmulSums * 4)) / 4;  // in floats
+  const int64_t parts = std::min(threads, items);
+  Tensor space = new_empty(like, {parts * per_item + shared_panels * size / 2 + (across ? panels * shared_panels * kMatmulSums : 0)},
+                           ScalarType::Float);
+  float* base = space.mutable_data_ptr<float>();
+  bf16* packed = reinterpret_cast<bf16*>(base + parts * per_item);
+  float* all_sums = base + parts * per_item + shared_panels * size / 2;
+  for (int64_t k = 0; k < K; k += kMaxK) {
+    const int64_t here = std::min(kMaxK, K - k);
+    torch::stable::parallel_for(0, shared_panels, 1, [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * kMatmulPanel;
+      amx::matmul_pack(shared.data + k * shared.strides.k + first * shared.strides.free, shared.strides, !left_is_block,
+                       std::min(shared_count, end * kMatmulPanel) - first, here, packed + begin * matmul_panel_elements(here));
+    });
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part)
+        for (int64_t item = items * part / parts; item < items * (part + 1) / parts; ++item) {
+          const int64_t panel = item * in_block, first = panel * kMatmulPanel;
+          const int64_t last = std::min(count, first + in_block * kMatmulPanel);
+          bf16* block = reinterpret_cast<bf16*>(base + part * per_item);
+          float* sums = across ? all_sums + panel * shared_panels * kMatmulSums : base + part * per_item + in_block * size / 2;
+          amx::matmul_pack(blocks.data + k * blocks.strides.k + first * blocks.strides.free, blocks.strides, left_is_block,
+                           last - first, here, block);
+          amx::matmul_block(out, left_is_block, block, first, last, packed, here, sums, across, k == 0, k + here == K);
+        }
+    });
+  }
+}
+
+void check(const char* op, const Tensor& a, const Tensor& b) {
+  PYGPT_CHECK(capability() >= Capability::amx, op, ": this processor, or the capability in use, has no AMX");
+  PYGPT_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0), op, ": a must be (M, K) and b (K, N)");
+  PYGPT_CHECK(a.scalar_type() == ScalarType::BFloat16 && b.scalar_type() == ScalarType::BFloat16, op,
+              ": a and b must be bfloat16");
+  PYGPT_CHECK(a.size(1) > 0, op, ": there is nothing to sum");
+}
+
+void run(Tensor a, Tensor b, const bf16* bias, bool add, Tensor& out) {
+  const MatmulOut to{static_cast<bf16*>(out.mutable_data_ptr()), out.size(0), out.size(1), out.stride(0), bias, add};
+  if (to.rows == 0 || to.columns == 0) return;
+  multiply(operand(a, 0), operand(b, 1), a.size(1), to, out);
+}
+
+Tensor matmul(Tensor a, Tensor b, std::optional<Tensor> bias) {
+  check("matmul", a, b);
+  if (bias) {
+    PYGPT_CHECK(bias->dim() == 1 && bias->size(0) == b.size(1) && bias->scalar_type() == ScalarType::BFloat16,
+                "matmul: bias must be bfloat16 (N,)");
+    bias = as_contiguous(*bias);
+  }
+  Tensor out = new_empty(a, {a.size(0), b.size(1)}, ScalarType::BFloat16);
+  run(a, b, bias ? static_cast<const bf16*>(bias->const_data_ptr()) : nullptr, false, out);
+  return out;
+}
+
+void add_matmul_(Tensor out, Tensor a, Tensor b) {
+  check("add_matmul_", a, b);
+  PYGPT_CHECK(out.dim() == 2 && out.size(0) == a.size(0) && out.size(1) == b.size(1) && out.is_contiguous() &&
+                  out.scalar_type() == ScalarType::BFloat16,
+              "add_matmul_: out must be bfloat16 (M, N), contiguous");
+  run(a, b, nullptr, true, out);
+}
+
+#else
+
+Tensor matmul(Tensor, Tensor, std::optional<Tensor>) { STD_TORCH_CHECK(false, "matmul: built without AMX"); }
+void add_matmul_(Tensor, Tensor, Tensor) { STD_TORCH_CHECK(false, "add_matmul_: built without AMX"); }
+
+#endif
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pygpt, CPU, m) {
+  m.impl("matmul", TORCH_BOX(&matmul));
+  m.impl("add_matmul_", TORCH_BOX(&add_matmul_));
+}
+
+}  // namespace pygpt
