@@ -35,7 +35,6 @@ constexpr int64_t kBlock = kAttentionBlock;
 template <class T>
 constexpr int64_t kSumStep = kTiles<T> ? 32 : kLanes;
 
-PYGPT_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // --- products ------------------------------------------------------------------------------------------------------
 

@@ -106,6 +106,8 @@ bool multiplies_bf16() {
 #endif
 }
 
+bool has_tiles() { return capability() >= Capability::amx; }
+
 void set_capability(const std::string& name) {
   if (!name.empty()) return use(level_of(name, "CPU capability"), true);
   const char* wanted = std::getenv("PYGPT_CPU_CAPABILITY");

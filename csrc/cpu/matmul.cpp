@@ -22,7 +22,7 @@ namespace {
 
 constexpr int64_t kMaxK = 4096;                // of the summed dimension, packed at a time
 constexpr int64_t kBlockElements = 512 << 10;  // of a thread's block: half of a second-level cache of 2 MiB
-constexpr int64_t kMaxBlock = 256;             // rows or columns of it
+constexpr int64_t kMaxBlock = 512;             // rows or columns of it
 
 struct Operand {
   const bf16* data;
@@ -38,7 +38,7 @@ Operand operand(Tensor& x, int64_t free_dim) {
 }
 
 void multiply(const Operand& left, const Operand& right, int64_t K, const MatmulOut& out, const Tensor& like) {
-  const bool left_is_block = out.rows >= out.columns;
+  const bool left_is_block = out.rows >= 2 * out.columns;
   const Operand &blocks = left_is_block ? left : right, &shared = left_is_block ? right : left;
   const int64_t count = left_is_block ? out.rows : out.columns, shared_count = left_is_block ? out.columns : out.rows;
   const int64_t threads = torch::stable::get_num_threads(), k_max = std::min(K, kMaxK);

@@ -12,6 +12,7 @@ typedef uint16_t vh __attribute__((vector_size(2 * PYGPT_LANES)));
 
 #define PYGPT_INLINE static inline __attribute__((always_inline, unused))
 
+PYGPT_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 PYGPT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 PYGPT_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 

@@ -4,8 +4,9 @@ Generation multiplies a row or a few with every weight, in the time that reading
 the memory's pace, the libraries at half of it or two thirds. On x86 CPUs torch computes float32 products with MKL, which on
 processors that are not Intel's reaches less than half of what oneDNN, in every torch as well, does on the same machine. So
 there these products go through oneDNN. In bfloat16 F.linear goes through oneDNN itself, but copies the bias to all rows of
-the result first; so do the larger of these products here, with the bias added on the way. On processors without
-instructions for bfloat16 all of its products are computed in float32, which with the conversions takes a half to a tenth of
+the result first; so do the larger of these products here, with the bias added on the way. On processors with AMX they go
+through a kernel of ours, which is as fast where the library is at its best and twice as fast where it repacks its
+operands: gradients of weights, a vocabulary. On processors without instructions for bfloat16 all of its products are computed in float32, which with the conversions takes a half to a tenth of
 the time. Everywhere else this is `F.linear` (bench/LOG.md has the figures).
 """
 
@@ -65,7 +66,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     elif x.dtype == torch.float32:
         ours, least = ONEDNN_IS_FASTER, SMALL_PRODUCT_OF_A_PEER if MKL_IS_A_PEER else SMALL_PRODUCT
     else:
-        ours, least = ONEDNN_ADDS_BIAS and bias is not None, SMALL_PRODUCT_OF_A_PEER
+        ours, least = has_tiles(x) or (ONEDNN_ADDS_BIAS and bias is not None), SMALL_PRODUCT_OF_A_PEER
     small = x.numel() * weight.shape[0] < least and backends.automatic_on_cpu(x)
     # oneDNN takes the memory of a bias as it lies, whatever its strides are.
     plain = bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous())
@@ -97,6 +98,9 @@ def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
 def add_matmul_tn_(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out (N, K) += a.T @ b for matrices a (M, N) and b (M, K) of any strides, outside autograd."""
     if _has_own_way(a, b):
+        if has_tiles(a):
+            torch.ops.pygpt.add_matmul_.default(out, a.t(), b)
+            return
         rows = max(MIN_ROWS, SLICE_BYTES // (4 * out.shape[1]))
         columns = b.t().float().contiguous()  # or oneDNN would copy it for every slice
         for part, a_t in zip(out.split(rows), a.t().split(rows), strict=True):
@@ -120,9 +124,14 @@ def in_float32(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and backends.extension is not None and not backends.extension.multiplies_bf16()
 
 
+def has_tiles(x: Tensor) -> bool:
+    """Whether products of x go through our kernel for AMX."""
+    return x.dtype == torch.bfloat16 and backends.extension is not None and backends.extension.has_tiles()
+
+
 def has_own_product(x: Tensor) -> bool:
     """Whether products of x on the CPU, to which no bias is added, are not the library's as torch calls it."""
-    return ONEDNN_IS_FASTER if x.dtype == torch.float32 else in_float32(x)
+    return ONEDNN_IS_FASTER if x.dtype == torch.float32 else in_float32(x) or has_tiles(x)
 
 
 def _has_own_way(a: Tensor, b: Tensor) -> bool:
@@ -141,6 +150,9 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear outside autograd through what is fastest; x and weight of MIN_ROWS rows or more, bias contiguous."""
     if in_float32(x):
         return _product(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+    if has_tiles(x):
+        rows = torch.ops.pygpt.matmul.default(x.reshape(-1, x.shape[-1]), weight.t(), bias)
+        return rows.view(*x.shape[:-1], weight.shape[0])
     if ONEDNN_IS_FASTER if x.dtype == torch.float32 else ONEDNN_ADDS_BIAS and bias is not None:
         return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
@@ -169,7 +181,9 @@ class _Linear(torch.autograd.Function):
             grad_x = _product(rows, columns).to(x.dtype).view_as(x)
         if ctx.needs_input_grad[1]:
             # (N, M) by (M, K). oneDNN copies its first operand where it is transposed: let that be the smaller one.
-            if not onednn or MKL_IS_A_PEER:
+            if has_tiles(rows):
+                grad_weight = torch.ops.pygpt.matmul.default(rows.t(), x_rows, None)
+            elif not onednn or MKL_IS_A_PEER:
                 grad_weight = rows.t() @ x_rows
             elif rows.shape[1] <= x_rows.shape[1]:
                 grad_weight = _product(rows.t(), x_rows.t())
@@ -183,4 +197,6 @@ if backends.extension is not None:
     torch.library.register_fake(
         "pygpt::linear_few_rows", lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0])
     )
+    torch.library.register_fake("pygpt::matmul", lambda a, b, bias: a.new_empty(a.shape[0], b.shape[1]))
+    torch.library.register_fake("pygpt::add_matmul_", lambda out, a, b: None)
     torch.library.register_fake("pygpt::column_sum", lambda x: x.new_empty(x.shape[1]))
