@@ -70,6 +70,12 @@ STABLE_TORCH_LIBRARY(pygpt, m) {
   // ignore_index. With grad_factor, a float32 scalar, logits become (softmax - one_hot) * grad_factor, or 0.
   m.def("cross_entropy_rows_(Tensor(a!) logits, Tensor targets, int ignore_index, Tensor? grad_factor) -> Tensor");
 
+  // hidden (N, C), weight (V, C), bfloat16; targets int64 (N,) -> the mean loss, float32; gradients of hidden and of weight,
+  // of 0 rows where they are not needed: on processors with AMX
+  m.def(
+      "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, bool need_hidden, "
+      "bool need_weight) -> (Tensor, Tensor, Tensor)");
+
   // One step of AdamW for contiguous tensors, weights of one dtype and grads of one. residuals: int16, what float32 weights
   // have beyond bfloat16 ones; empty for float32 weights. means and squares: float32. steps: float32 scalars that are counted
   // up. Gradients are multiplied by grad_factor, a float32 scalar.

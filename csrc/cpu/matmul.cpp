@@ -9,74 +9,78 @@
 
 #include <vector>
 
-#include "cpu/tensor.h"
-
 #define PYGPT_KERNELS_FOR_AMX
 #define PYGPT_KERNELS "cpu/matmul_kernel.h"
 #include "cpu/foreach_isa.h"
 
 namespace pygpt {
-namespace {
 
 #ifdef PYGPT_AMX_LEVEL
 
-constexpr int64_t kMaxK = 4096;                // of the summed dimension, packed at a time
+namespace {
+
 constexpr int64_t kBlockElements = 512 << 10;  // of a thread's block: half of a second-level cache of 2 MiB
 constexpr int64_t kMaxBlock = 512;             // rows or columns of it
 
-struct Operand {
-  const bf16* data;
-  MatmulStrides strides;
-};
-
-// x as an operand of any strides of which one is 1; else a copy.
-Operand operand(Tensor& x, int64_t free_dim) {
-  if (x.stride(0) != 1 && x.stride(1) != 1) x = torch::stable::contiguous(x);
-  MatmulStrides strides{x.stride(1 - free_dim), x.stride(free_dim)};
-  if (strides.k != 1 && strides.free != 1) (x.stride(0) == 1 ? strides.k : strides.free) = 1;
-  return {static_cast<const bf16*>(x.const_data_ptr()), strides};
+int64_t largest_block(int64_t K) {  // in panels
+  return std::clamp<int64_t>(kBlockElements / matmul_panel_elements(std::min(K, kMatmulMaxK)), 1, kMaxBlock / kMatmulPanel);
 }
 
-void multiply(const Operand& left, const Operand& right, int64_t K, const MatmulOut& out, const Tensor& like) {
-  const bool left_is_block = out.rows >= 2 * out.columns;
-  const Operand &blocks = left_is_block ? left : right, &shared = left_is_block ? right : left;
-  const int64_t count = left_is_block ? out.rows : out.columns, shared_count = left_is_block ? out.columns : out.rows;
-  const int64_t threads = torch::stable::get_num_threads(), k_max = std::min(K, kMaxK);
-  const int64_t size = matmul_panel_elements(k_max), panels = matmul_panels(count), shared_panels = matmul_panels(shared_count);
-  // As many blocks as a multiple of the threads, none larger than the cache allows.
-  const int64_t largest = std::clamp<int64_t>(kBlockElements / size, 1, kMaxBlock / kMatmulPanel);
-  const int64_t rounds = (panels + largest * threads - 1) / (largest * threads);
-  const int64_t in_block = std::max<int64_t>(1, (panels + rounds * threads - 1) / (rounds * threads));
-  const int64_t items = (panels + in_block - 1) / in_block;
-  const bool across = K > kMaxK;
+}  // namespace
 
-  const int64_t per_item = (in_block * size * 2 + (across ? 0 : in_block * kMatmulSums * 4)) / 4;  // in floats
-  const int64_t parts = std::min(threads, items);
-  Tensor space = new_empty(like, {parts * per_item + shared_panels * size / 2 + (across ? panels * shared_panels * kMatmulSums : 0)},
-                           ScalarType::Float);
+int64_t statistics_block(int64_t K) { return largest_block(K) * kMatmulPanel; }
+
+void multiply(const MatmulOperand& left, const MatmulOperand& right, int64_t K, const MatmulOut& out, const Tensor& like,
+              float* sums, bool first, bool last) {
+  // The smaller operand is shared; but rather long rows of the result from each block than short ones.
+  const bool left_is_block = out.finish == Finish::round && out.rows >= 2 * out.columns;
+  const MatmulOperand &blocks = left_is_block ? left : right, &shared = left_is_block ? right : left;
+  const int64_t count = left_is_block ? out.rows : out.columns, shared_count = left_is_block ? out.columns : out.rows;
+  const int64_t threads = torch::stable::get_num_threads(), size = matmul_panel_elements(std::min(K, kMatmulMaxK));
+  const int64_t panels = matmul_panels(count), shared_panels = matmul_panels(shared_count), largest = largest_block(K);
+  // As many blocks as a multiple of the threads, none larger than the cache allows.
+  const int64_t rounds = (panels + largest * threads - 1) / (largest * threads);
+  const int64_t in_block =
+      out.finish == Finish::statistics ? largest : std::max<int64_t>(1, (panels + rounds * threads - 1) / (rounds * threads));
+  const int64_t items = (panels + in_block - 1) / in_block, parts = std::min(threads, items);
+  const bool across = sums || K > kMatmulMaxK, own_sums = across && !sums;
+
+  const int64_t per_part = in_block * (size / 2 + (across ? 0 : kMatmulSums));  // in floats
+  Tensor space = new_empty(
+      like, {parts * per_part + shared_panels * size / 2 + (own_sums ? panels * shared_panels * kMatmulSums : 0)}, ScalarType::Float);
   float* base = space.mutable_data_ptr<float>();
-  bf16* packed = reinterpret_cast<bf16*>(base + parts * per_item);
-  float* all_sums = base + parts * per_item + shared_panels * size / 2;
-  for (int64_t k = 0; k < K; k += kMaxK) {
-    const int64_t here = std::min(kMaxK, K - k);
+  bf16* packed = reinterpret_cast<bf16*>(base + parts * per_part);
+  if (own_sums) sums = base + parts * per_part + shared_panels * size / 2;
+  for (int64_t k = 0; k < K; k += kMatmulMaxK) {
+    const int64_t here = std::min(kMatmulMaxK, K - k);
     torch::stable::parallel_for(0, shared_panels, 1, [&](int64_t begin, int64_t end) {
-      const int64_t first = begin * kMatmulPanel;
-      amx::matmul_pack(shared.data + k * shared.strides.k + first * shared.strides.free, shared.strides, !left_is_block,
-                       std::min(shared_count, end * kMatmulPanel) - first, here, packed + begin * matmul_panel_elements(here));
+      const int64_t at = begin * kMatmulPanel;
+      amx::matmul_pack(shared.data + k * shared.strides.k + at * shared.strides.free, shared.strides, !left_is_block,
+                       std::min(shared_count, end * kMatmulPanel) - at, here, packed + begin * matmul_panel_elements(here));
     });
     torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part)
         for (int64_t item = items * part / parts; item < items * (part + 1) / parts; ++item) {
-          const int64_t panel = item * in_block, first = panel * kMatmulPanel;
-          const int64_t last = std::min(count, first + in_block * kMatmulPanel);
-          bf16* block = reinterpret_cast<bf16*>(base + part * per_item);
-          float* sums = across ? all_sums + panel * shared_panels * kMatmulSums : base + part * per_item + in_block * size / 2;
-          amx::matmul_pack(blocks.data + k * blocks.strides.k + first * blocks.strides.free, blocks.strides, left_is_block,
-                           last - first, here, block);
-          amx::matmul_block(out, left_is_block, block, first, last, packed, here, sums, across, k == 0, k + here == K);
+          const int64_t from = item * in_block * kMatmulPanel, to = std::min(count, from + in_block * kMatmulPanel);
+          bf16* block = reinterpret_cast<bf16*>(base + part * per_part);
+          float* of_block = across ? sums + item * in_block * shared_panels * kMatmulSums : base + part * per_part + in_block * size / 2;
+          amx::matmul_pack(blocks.data + k * blocks.strides.k + from * blocks.strides.free, blocks.strides, left_is_block,
+                           to - from, here, block);
+          amx::matmul_block(out, left_is_block, block, item, from, to, packed, here, of_block, across, first && k == 0,
+                            last && k + here == K);
         }
     });
   }
+}
+
+namespace {
+
+// x as an operand; where no stride is 1, a copy.
+MatmulOperand operand(Tensor& x, int64_t free_dim) {
+  if (x.stride(0) != 1 && x.stride(1) != 1) x = torch::stable::contiguous(x);
+  MatmulStrides strides{x.stride(1 - free_dim), x.stride(free_dim)};
+  if (strides.k != 1 && strides.free != 1) strides.free = 1;  // there is but one element
+  return {static_cast<const bf16*>(x.const_data_ptr()), strides};
 }
 
 void check(const char* op, const Tensor& a, const Tensor& b) {
@@ -88,9 +92,9 @@ void check(const char* op, const Tensor& a, const Tensor& b) {
 }
 
 void run(Tensor a, Tensor b, const bf16* bias, bool add, Tensor& out) {
-  const MatmulOut to{static_cast<bf16*>(out.mutable_data_ptr()), out.size(0), out.size(1), out.stride(0), bias, add};
-  if (to.rows == 0 || to.columns == 0) return;
-  multiply(operand(a, 0), operand(b, 1), a.size(1), to, out);
+  MatmulOut to{out.size(0), out.size(1)};
+  to.data = static_cast<bf16*>(out.mutable_data_ptr()), to.stride = out.stride(0), to.bias = bias, to.add = add;
+  if (to.rows && to.columns) multiply(operand(a, 0), operand(b, 1), a.size(1), to, out);
 }
 
 Tensor matmul(Tensor a, Tensor b, std::optional<Tensor> bias) {
@@ -113,14 +117,22 @@ void add_matmul_(Tensor out, Tensor a, Tensor b) {
   run(a, b, nullptr, true, out);
 }
 
+}  // namespace
+
 #else
+
+int64_t statistics_block(int64_t) { return 1; }
+
+void multiply(const MatmulOperand&, const MatmulOperand&, int64_t, const MatmulOut&, const Tensor&, float*, bool, bool) {}
+
+namespace {
 
 Tensor matmul(Tensor, Tensor, std::optional<Tensor>) { STD_TORCH_CHECK(false, "matmul: built without AMX"); }
 void add_matmul_(Tensor, Tensor, Tensor) { STD_TORCH_CHECK(false, "add_matmul_: built without AMX"); }
 
-#endif
-
 }  // namespace
+
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(pygpt, CPU, m) {
   m.impl("matmul", TORCH_BOX(&matmul));

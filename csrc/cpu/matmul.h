@@ -1,7 +1,8 @@
-// What matmul.cpp and its kernel share: how panels lie in memory, and what a product is written to.
+// What matmul.cpp, its kernel and its callers share: operands, how panels lie in memory, and what becomes of a product.
 #pragma once
 
 #include "cpu/capability.h"
+#include "cpu/tensor.h"
 
 namespace pygpt {
 
@@ -12,6 +13,7 @@ constexpr int64_t kMatmulPanelStep = kMatmulPanel * kMatmulStep;  // elements of
 constexpr int64_t kMatmulSums = kMatmulPanel * kMatmulPanel;      // of a panel with a panel
 // Steps between which sums wait in memory: two panels of so many, and the sums, fit the first-level cache.
 constexpr int64_t kMatmulSteps = 8;
+constexpr int64_t kMatmulMaxK = 4096;  // of the summed dimension, packed at a time
 
 constexpr int64_t matmul_panels(int64_t count) { return (count + kMatmulPanel - 1) / kMatmulPanel; }
 constexpr int64_t matmul_panel_elements(int64_t k) { return (k + kMatmulStep - 1) / kMatmulStep * kMatmulPanelStep; }
@@ -21,11 +23,38 @@ struct MatmulStrides {
   int64_t k, free;
 };
 
-struct MatmulOut {
-  bf16* data;
-  int64_t rows, columns, stride;
-  const bf16* bias;  // (columns,) or null
-  bool add;          // to what is there
+struct MatmulOperand {
+  const bf16* data;
+  MatmulStrides strides;
 };
+
+// What becomes of sums that are complete: rounded (with a bias, or added to what is there); or, where they are logits, the
+// statistics of their softmax, or the gradient of the cross-entropy.
+enum class Finish { round, statistics, gradient };
+
+struct MatmulOut {
+  int64_t rows, columns;
+  Finish finish = Finish::round;
+  bf16* data = nullptr;  // rounded sums or gradients
+  int64_t stride = 0;
+  const bf16* bias = nullptr;  // (columns,)
+  bool add = false;
+  // Of a softmax over the vocabulary, whose columns from first_column on are these; in units of log2.
+  int64_t first_column = 0;
+  const int64_t* targets = nullptr;               // (rows,), or what is no column
+  float *largest = nullptr, *sum = nullptr;       // (blocks, rows): the largest logit, sum of 2^(logit - largest)
+  float* of_target = nullptr;                     // (rows,)
+  const float* log_sum = nullptr;                 // (rows,); infinite where the gradient is to be zero
+  float factor = 1;                               // of the gradient
+};
+
+// Columns of a block of `statistics`: they depend on nothing but K.
+int64_t statistics_block(int64_t K);
+
+// left (rows x K) times right (K x columns), by AMX tiles. `sums`: where sums wait for the next call, which goes on with
+// them unless it is the `first`; they are finished in the `last`. rows x columns, each rounded up to whole panels; null where
+// there is but one call.
+void multiply(const MatmulOperand& left, const MatmulOperand& right, int64_t K, const MatmulOut& out, const Tensor& like,
+              float* sums = nullptr, bool first = true, bool last = true);
 
 }  // namespace pygpt

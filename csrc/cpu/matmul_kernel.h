@@ -8,6 +8,8 @@
 
 namespace pygpt::PYGPT_ISA {
 
+constexpr float kLog2E = 1.44269504088896341f;
+
 // A tile whose rows are pairs: 16 columns of two rows of `from`, interleaved.
 PYGPT_INLINE vf load_pairs(const bf16* from, int64_t stride, int64_t rows, int64_t columns) {
   const __mmask16 mask = columns >= 16 ? 0xffff : _bzhi_u32(0xffff, columns);
@@ -83,54 +85,123 @@ static void multiply_panels(const bf16* a, const bf16* b, float* sums, int64_t s
   tile_store<0>(sums, 64), tile_store<1>(sums + 256, 64), tile_store<2>(sums + 512, 64), tile_store<3>(sums + 768, 64);
 }
 
+PYGPT_INLINE vf load_upper_masked(const bf16* from, __mmask16 mask) {
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16);
+}
+
+// Where row r of a panel of sums lies; its second half is 256 further on.
+PYGPT_INLINE int64_t row_of_sums(int64_t r) { return r / 16 * 512 + r % 16 * 16; }
+
 // Rounds sums (+ bias, + what `out` holds) to `rows` x `columns` of out.
-PYGPT_INLINE void finish_sums(const float* sums, const MatmulOut& out, int64_t row, int64_t column, int64_t rows, int64_t columns) {
+static void finish_round(const float* sums, const MatmulOut& out, int64_t row, int64_t column, int64_t rows, int64_t columns) {
   const __mmask32 mask = columns >= 32 ? ~0u : _bzhi_u32(~0u, columns);
   const __mmask16 low = mask, high = mask >> 16;
   vf bias[2] = {};
-  if (out.bias) {
-    const bf16* from = out.bias + column;
-    bias[0] = (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(low, from)), 16);
-    bias[1] = (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(high, from + 16)), 16);
-  }
+  if (out.bias) bias[0] = load_upper_masked(out.bias + column, low), bias[1] = load_upper_masked(out.bias + column + 16, high);
   bf16* to = out.data + row * out.stride + column;
   for (int64_t r = 0; r < rows; ++r, to += out.stride) {
-    const float* from = sums + r / 16 * 512 + r % 16 * 16;
+    const float* from = sums + row_of_sums(r);
     vf x = load(from) + bias[0], y = load(from + 256) + bias[1];
-    if (out.add) {
-      x += (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(low, to)), 16);
-      y += (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(high, to + 16)), 16);
-    }
+    if (out.add) x += load_upper_masked(to, low), y += load_upper_masked(to + 16, high);
     _mm512_mask_storeu_epi16(to, mask, (__m512i)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x));
   }
 }
 
+// The softmax of 32 rows over the columns of a block, as far as they are known: 16 lanes each.
+struct Softmax {
+  float largest[kMatmulPanel][16], sum[kMatmulPanel][16];
+
+  void clear() {
+    for (int64_t r = 0; r < kMatmulPanel; ++r)
+      store(largest[r], splat(-std::numeric_limits<float>::max())), store(sum[r], vf{});  // not -inf: no -inf - -inf
+  }
+};
+
+// Takes logits into the statistics of the rows' softmax.
+static void finish_statistics(const float* sums, const MatmulOut& out, int64_t row, int64_t column, int64_t rows,
+                              int64_t columns, Softmax& softmax) {
+  const vf lowest = splat(-std::numeric_limits<float>::infinity());
+  const vi lane = lane_numbers();
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* from = sums + row_of_sums(r);
+    vf x = load(from) * kLog2E, y = load(from + 256) * kLog2E;
+    if (columns < kMatmulPanel) x = lane < (int32_t)columns ? x : lowest, y = lane + 16 < (int32_t)columns ? y : lowest;
+    const vf before = load(softmax.largest[r]), top = vmax(vmax(x, y), before);
+    vf sum = load(softmax.sum[r]);
+    if (_mm512_cmp_ps_mask((__m512)top, (__m512)before, _CMP_NEQ_UQ)) {
+      sum *= vexp2<4>(before - top);
+      store(softmax.largest[r], top);
+    }
+    store(softmax.sum[r], sum + (vexp2<4>(x - top) + vexp2<4>(y - top)));
+    const uint64_t at = out.targets[row + r] - out.first_column - column;
+    if (at < static_cast<uint64_t>(columns)) out.of_target[row + r] = from[at / 16 * 256 + at % 16] * kLog2E;
+  }
+}
+
+// Of 32 rows at the end of block number `block`.
+static void end_statistics(const Softmax& softmax, const MatmulOut& out, int64_t block, int64_t row, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const vf largest = load(softmax.largest[r]);
+    const float top = reduce_max(largest);
+    out.largest[block * out.rows + row + r] = top;
+    out.sum[block * out.rows + row + r] = reduce_add(load(softmax.sum[r]) * vexp2(largest - splat(top)));
+  }
+}
+
+// (softmax - one_hot) * factor of logits.
+static void finish_gradient(const float* sums, const MatmulOut& out, int64_t row, int64_t column, int64_t rows,
+                            int64_t columns) {
+  const __mmask32 mask = columns >= 32 ? ~0u : _bzhi_u32(~0u, columns);
+  bf16* to = out.data + row * out.stride + column;
+  for (int64_t r = 0; r < rows; ++r, to += out.stride) {
+    const float* from = sums + row_of_sums(r);
+    const vf log_sum = splat(out.log_sum[row + r]);
+    vf p[2];
+    for (int half = 0; half < 2; ++half) p[half] = vexp2<4>(load(from + 256 * half) * kLog2E - log_sum) * out.factor;
+    const uint64_t at = out.targets[row + r] - out.first_column - column;
+    if (at < static_cast<uint64_t>(columns)) p[at / 16] -= lane_numbers() == (int32_t)(at % 16) ? splat(out.factor) : vf{};
+    _mm512_mask_storeu_epi16(to, mask, (__m512i)_mm512_cvtne2ps_pbh((__m512)p[1], (__m512)p[0]));
+  }
+}
+
 // Multiplies packed operands. One is a block of few panels, which the second-level cache holds; each panel of the other is
-// multiplied with them, in parts that the first-level cache holds. `block` begins at row (or column) block_begin.
-// sums: where the sums lie between parts, a panel of the block each; with `across`, those of panel p of the block and panel
-// q of the other at sums + (p * panels + q) * 1024 and from one call to the next.
-static void matmul_block(const MatmulOut& out, bool block_is_left, const bf16* block, int64_t block_begin, int64_t block_end,
-                         const bf16* other, int64_t k, float* sums, bool across, bool first, bool last) {
+// multiplied with them, in parts that the first-level cache holds. The block is number `number`, of rows (or columns)
+// begin .. end. sums: where they lie between parts, a panel of the block each; with `across`, from one call to the next and
+// those of all blocks.
+static void matmul_block(const MatmulOut& out, bool block_is_left, const bf16* block, int64_t number, int64_t begin,
+                         int64_t end, const bf16* other, int64_t k, float* sums, bool across, bool first, bool last) {
   const TileScope tiles;
   const int64_t steps = (k + kMatmulStep - 1) / kMatmulStep, size = steps * kMatmulPanelStep;
-  const int64_t end = block_is_left ? out.columns : out.rows, panels = (end + kMatmulPanel - 1) / kMatmulPanel;
-  const int64_t lines = (32 + matmul_panels(block_end - block_begin) - 1) / matmul_panels(block_end - block_begin);
-  for (int64_t q = 0; q < panels; ++q)
+  const int64_t panels = matmul_panels(block_is_left ? out.columns : out.rows), in_block = matmul_panels(end - begin);
+  const int64_t lines = (32 + in_block - 1) / in_block;  // to fetch ahead in a step, of two tiles in as many as there are
+  Softmax softmax;
+  for (int64_t q = 0; q < panels; ++q) {
+    const int64_t in_other = q * kMatmulPanel;
+    if (out.finish == Finish::statistics) softmax.clear();
     for (int64_t step = 0; step < steps; step += kMatmulSteps) {
       const int64_t here = smaller(kMatmulSteps, steps - step);
       const bf16* of_other = other + q * size + step * kMatmulPanelStep;
-      for (int64_t p = 0; block_begin + p * kMatmulPanel < block_end; ++p) {
+      for (int64_t p = 0; p < in_block; ++p) {
         const bf16* of_block = block + p * size + step * kMatmulPanelStep;
         float* to = sums + (across ? p * panels + q : p) * kMatmulSums;
         const auto multiply = first && step == 0 ? multiply_panels<false> : multiply_panels<true>;
         multiply(block_is_left ? of_block : of_other, block_is_left ? of_other : of_block, to, here,
                  of_other + kMatmulSteps * kMatmulPanelStep + p * lines * here * 32, lines);
         if (!last || step + here < steps) continue;
-        const int64_t in_block = block_begin + p * kMatmulPanel, in_other = q * kMatmulPanel;
-        const int64_t row = block_is_left ? in_block : in_other, column = block_is_left ? in_other : in_block;
-        finish_sums(to, out, row, column, smaller(kMatmulPanel, out.rows - row), smaller(kMatmulPanel, out.columns - column));
+        const int64_t row = block_is_left ? begin + p * kMatmulPanel : in_other;
+        const int64_t column = block_is_left ? in_other : begin + p * kMatmulPanel;
+        const int64_t rows = smaller(kMatmulPanel, out.rows - row), columns = smaller(kMatmulPanel, out.columns - column);
+        if (out.finish == Finish::round)
+          finish_round(to, out, row, column, rows, columns);
+        else if (out.finish == Finish::gradient)
+          finish_gradient(to, out, row, column, rows, columns);
+        else
+          finish_statistics(to, out, row, column, rows, columns, softmax);
       }
     }
+    if (out.finish == Finish::statistics)
+      end_statistics(softmax, out, number, in_other, smaller(kMatmulPanel, out.rows - in_other));
+  }
 }
 
 }  // namespace pygpt::PYGPT_ISA

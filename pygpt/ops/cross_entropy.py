@@ -4,7 +4,7 @@ Tokens go through in chunks. A chunk's logits are turned into its loss and, wher
 gradients of hidden and weight, so that nothing of size tokens x vocabulary outlives its chunk and backward has no second
 product with the vocabulary to do. The idea of computing the gradient in the forward pass is Liger-Kernel's (Hsu et al.,
 2024). The products go through the library's GEMM; on CPUs a compiled kernel turns a chunk's logits into their gradient in
-place.
+place. In bfloat16 on processors with AMX all of it is one compiled operator, csrc/cpu/linear_cross_entropy.cpp.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pygpt.errors import InputError, InputTypeError
 from pygpt.ops import backends
 from pygpt.ops.autograd import first_order
 from pygpt.ops.checks import check_device
-from pygpt.ops.linear import add_matmul_tn_, has_own_product, linear, matmul_nt
+from pygpt.ops.linear import add_matmul_tn_, has_own_product, has_tiles, linear, matmul_nt
 
 # Where neither answers, the chunks below in torch's own ops are the implementation.
 backends.register("linear_cross_entropy", cpp=(torch.float32, torch.bfloat16))
@@ -143,6 +143,14 @@ def _times(x: Tensor, factor: Tensor | None) -> Tensor:
 
 if backends.extension is not None:
     torch.library.register_fake(
+        "pygpt::linear_cross_entropy",
+        lambda hidden, weight, targets, ignore_index, need_hidden, need_weight: (
+            hidden.new_empty((), dtype=torch.float32),
+            hidden.new_empty(hidden.shape[0] if need_hidden else 0, hidden.shape[1]),
+            weight.new_empty(weight.shape[0] if need_weight else 0, weight.shape[1]),
+        ),
+    )
+    torch.library.register_fake(
         "pygpt::cross_entropy_rows_",
         lambda logits, targets, ignore_index, grad_factor: logits.new_empty(targets.shape, dtype=torch.float32),
     )
@@ -153,6 +161,11 @@ def _loss_and_gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The mean loss, and its gradients by hidden and weight where they are needed."""
     backend = backends.choose("linear_cross_entropy", hidden)
+    if backend == "cpp" and has_tiles(hidden) and 0 not in hidden.shape and 0 not in weight.shape:
+        loss, *of_inputs = torch.ops.pygpt.linear_cross_entropy.default(
+            hidden, weight, targets, ignore_index, need_hidden, need_weight
+        )
+        return loss, of_inputs[0] if need_hidden else None, of_inputs[1] if need_weight else None
     compiled = backend in ("cpp", "triton")
     of_rows = _rows_compiled if compiled else _rows
     count = (targets != ignore_index).sum().to(torch.promote_types(hidden.dtype, torch.float32))
