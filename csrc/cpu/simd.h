@@ -150,7 +150,17 @@ PYGPT_INLINE void store_step(T* p, vf v, int64_t n) {
   n == kLanes ? store(p, v) : store(p, v, n);
 }
 
+// a > b ? a : b and a < b ? a : b, so that b comes out where one of them is NaN; the compiler needs two instructions for each.
+#if PYGPT_LANES == 16
+PYGPT_INLINE vf vmax(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+PYGPT_INLINE vf vmin(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif PYGPT_LANES == 8
+PYGPT_INLINE vf vmax(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+PYGPT_INLINE vf vmin(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
 PYGPT_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+PYGPT_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
+#endif
 
 PYGPT_INLINE vf vsqrt(vf x) {
 #if PYGPT_LANES == 16
