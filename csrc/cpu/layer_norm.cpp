@@ -39,9 +39,6 @@ void check_statistics(const Tensor& stats, int64_t rows, const char* op) {
   PYGPT_CHECK(stats.scalar_type() == ScalarType::Float && stats.numel() == rows, op, ": mean and rstd must be (rows,) float32");
 }
 
-// Rows of floats that kernels fill are whole pairs of vectors: of every instruction set's.
-constexpr int64_t padded(int64_t C) { return (C + 31) / 32 * 32; }
-
 // A weight or bias as the kernels for rows of T take it; null where absent.
 template <class T>
 class RowOrder {
@@ -50,7 +47,7 @@ class RowOrder {
     if (!weight) return;
     const Tensor from = as_contiguous(*weight);
     const int64_t C = from.numel();
-    data_.resize(padded(C));
+    data_.resize(whole_pairs(C));
     if (from.scalar_type() == ScalarType::Float)
       PYGPT_DISPATCH(to_row_order<T, float>)(from.const_data_ptr<float>(), data_.data(), C);
     else
@@ -109,16 +106,16 @@ template <class T>
 Tensor add_chunks(const float* partial, int64_t chunks, int64_t C, const Tensor& weight) {
   Tensor total = new_empty(weight, {C}, weight.scalar_type());
   if (weight.scalar_type() == ScalarType::Float)
-    PYGPT_DISPATCH(add_chunks<T, float>)(partial, chunks, padded(C), total.mutable_data_ptr<float>(), C);
+    PYGPT_DISPATCH(add_chunks<T, float>)(partial, chunks, whole_pairs(C), total.mutable_data_ptr<float>(), C);
   else
-    PYGPT_DISPATCH(add_chunks<T, bf16>)(partial, chunks, padded(C), static_cast<bf16*>(total.mutable_data_ptr()), C);
+    PYGPT_DISPATCH(add_chunks<T, bf16>)(partial, chunks, whole_pairs(C), static_cast<bf16*>(total.mutable_data_ptr()), C);
   return total;
 }
 
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const std::optional<Tensor>& grad_sum, const Tensor& x,
                                             const Tensor& weight, const Tensor& mean, const Tensor& rstd, bool has_bias) {
-  const int64_t rows = mean.numel(), C = weight.size(0), stride = padded(C);
+  const int64_t rows = mean.numel(), C = weight.size(0), stride = whole_pairs(C);
   const int64_t chunks = std::clamp<int64_t>(x.numel() / kMinChunkElements, 1, std::min(std::max<int64_t>(rows, 1), kMaxChunks));
   const RowOrder<T> w(weight);
   Tensor grad_x = new_like(x);

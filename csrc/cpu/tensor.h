@@ -22,6 +22,9 @@ using torch::stable::Tensor;
 // A checked precondition. The Python seam checks what users can get wrong; these catch direct calls of torch.ops.pygpt.
 #define PYGPT_CHECK STD_TORCH_CHECK
 
+// Rows of floats that kernels take and fill in the order of pairs (pair.h) are whole pairs, of every instruction set's.
+constexpr int64_t whole_pairs(int64_t C) { return (C + 31) / 32 * 32; }
+
 constexpr uintptr_t kHugePage = 2 << 20;  // bytes, the size that Linux has on x86-64 and mostly on ARM
 
 // The C library maps fresh memory for large results, in every call if they come and go, and page faults can cost several times
