@@ -30,7 +30,6 @@ namespace {
 constexpr int64_t kGrainElements = 8192;
 // Columns that one thread takes of a run of equal token ids: the row of a very frequent token is shared among threads.
 constexpr int64_t kBlock = 256;
-constexpr uintptr_t kSmallPage = 4096;  // bytes; where pages are larger, advice on parts of them is refused
 
 int64_t grain(int64_t row_elements) { return std::max<int64_t>(1, kGrainElements / std::max<int64_t>(row_elements, 1)); }
 
@@ -156,18 +155,23 @@ void embedding_backward_(Tensor grad, Tensor idx, Tensor token_grad, std::option
   add_gradients(grad, idx, token_grad, position_grad, position_offset, false);
 }
 
-// Whether [first, last), whole pages of at most kHugePage bytes, was made to read as zeros without writing it. Fresh memory
-// does, and the system fills it anyway when it is first written (not read: that maps a shared page of zeros, and the write
-// after it costs a second fault and an interrupt of the other threads). Memory that the process has used before is left
-// alone: filling it costs less than new pages do.
-bool discard([[maybe_unused]] uintptr_t first, [[maybe_unused]] uintptr_t last) {
+// Whether the whole pages of [first, last), at most kHugePage bytes, were made to read as zeros without writing them; first
+// and last then become their bounds. Fresh memory reads as zeros, and the system fills it anyway when it is first written (not
+// read: that maps a shared page of zeros, and the write after it costs a second fault and an interrupt of the other threads).
+// Memory that the process has used before is left alone: filling it costs less than new pages do.
+bool discard([[maybe_unused]] uintptr_t& first, [[maybe_unused]] uintptr_t& last) {
 #ifdef __linux__
-  unsigned char resident[kHugePage / kSmallPage];  // a flag for each page of the system's
-  void* const memory = reinterpret_cast<void*>(first);
-  if (mincore(memory, last - first, resident) != 0) return false;
-  const size_t size = sysconf(_SC_PAGESIZE), pages = (last - first + size - 1) / size;
-  if (std::any_of(resident, resident + pages, [](unsigned char flags) { return flags & 1; })) return false;
-  return madvise(memory, last - first, MADV_DONTNEED) == 0;  // not resident may also mean swapped out
+  constexpr uintptr_t kSmallest = 4096;
+  const uintptr_t size = sysconf(_SC_PAGESIZE), begin = (first + size - 1) / size * size, end = last / size * size;
+  if (size < kSmallest || begin >= end) return false;
+  unsigned char resident[kHugePage / kSmallest];  // a flag for each page
+  void* const memory = reinterpret_cast<void*>(begin);
+  if (mincore(memory, end - begin, resident) != 0) return false;
+  if (std::any_of(resident, resident + (end - begin) / size, [](unsigned char flags) { return flags & 1; })) return false;
+  if (madvise(memory, end - begin, MADV_DONTNEED) != 0) return false;  // not resident may also mean swapped out
+  first = begin;
+  last = end;
+  return true;
 #else
   return false;
 #endif
@@ -182,14 +186,11 @@ Tensor zero_table(const Tensor& like, int64_t rows, int64_t C) {
   const uintptr_t end = start + table.numel() * table.element_size();
   torch::stable::parallel_for(start / kHugePage, (end + kHugePage - 1) / kHugePage, 1, [&](int64_t from, int64_t to) {
     for (uintptr_t page = from * kHugePage; page < to * kHugePage; page += kHugePage) {
-      const uintptr_t first = std::max(page, start), last = std::min(page + kHugePage, end);
-      const uintptr_t inner = (first + kSmallPage - 1) / kSmallPage * kSmallPage, inner_end = last / kSmallPage * kSmallPage;
-      if (inner < inner_end && discard(inner, inner_end)) {
-        fill_with_zeros(first, inner);
-        fill_with_zeros(inner_end, last);
-      } else {
-        fill_with_zeros(first, last);
-      }
+      const uintptr_t begin = std::max(page, start), stop = std::min(page + kHugePage, end);
+      uintptr_t first = begin, last = stop;
+      if (!discard(first, last)) first = last;
+      fill_with_zeros(begin, first);
+      fill_with_zeros(last, stop);
     }
   });
   return table;

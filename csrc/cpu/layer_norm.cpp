@@ -116,7 +116,8 @@ template <class T>
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const std::optional<Tensor>& grad_sum, const Tensor& x,
                                             const Tensor& weight, const Tensor& mean, const Tensor& rstd, bool has_bias) {
   const int64_t rows = mean.numel(), C = weight.size(0), stride = whole_pairs(C);
-  const int64_t chunks = std::clamp<int64_t>(x.numel() / kMinChunkElements, 1, std::min(std::max<int64_t>(rows, 1), kMaxChunks));
+  const int64_t most = std::min(std::max<int64_t>(rows, 1), kMaxChunks);
+  const int64_t chunks = std::clamp<int64_t>(x.numel() / kMinChunkElements, 1, most);
   const RowOrder<T> w(weight);
   Tensor grad_x = new_like(x);
   const T *dy = input<T>(grad), *dsum = input<T>(grad_sum), *in = input<T>(x);

@@ -90,6 +90,10 @@ void layer_norm_backward_rows(const T* grad, const T* grad_sum, const T* x, cons
       Pair dx = (g - mean_g - d * slope) * vr;
       if (grad_sum) dx = dx + load_pair_step(grad_sum + i, n);
       store_pair_step(grad_x + i, dx, n);
+      if constexpr (sizeof(T) < sizeof(float)) {  // the next row, as in forward; of float32 the loads cost more than the wait
+        prefetch_pair(x + C + i);
+        prefetch_pair(grad + C + i);
+      }
     })
     if (grad_sum) grad_sum += C;
   }
