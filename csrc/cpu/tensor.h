@@ -36,7 +36,6 @@ inline void ask_for_huge_pages([[maybe_unused]] const Tensor& x) {
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
 }
-constexpr int64_t kHugePageElements = kHugePage;  // from so many on
 
 // Torch's own new_empty, empty_like and contiguous go through the dispatcher by name, a microsecond each; a small layer's
 // whole arithmetic takes less. These do the same for contiguous tensors on the device of `like`.
@@ -50,7 +49,7 @@ inline Tensor new_empty(const Tensor& like, const int64_t* sizes, int64_t dim, S
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dim, sizes, strides, code, device_type, like.get_device_index(), &handle));
   Tensor result(handle);
-  if (step >= kHugePageElements) ask_for_huge_pages(result);
+  if (step >= static_cast<int64_t>(kHugePage)) ask_for_huge_pages(result);  // so many elements: two huge pages of bf16
   return result;
 }
 
