@@ -230,3 +230,21 @@ def test_bad_input(backend):
             ops.embedding_backward_(torch.ones(2, 5, 6).bfloat16(), idx, table)
         with pytest.raises(ValueError, match="must be contiguous"):
             ops.embedding_backward_(torch.ones(2, 5, 6), idx, torch.zeros(6, 11).T)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_of_a_large_table_is_zero_elsewhere(dtype):
+    """Fresh memory is not filled, memory that was used before is: tables of several huge pages, in both, wholly and partly."""
+    V, C = 4001, 768
+    idx = torch.tensor([[0, V - 1, 1234, 1234]])
+    grad = torch.ones(1, 4, C, dtype=dtype)
+    for used in (0, 1, V // 3, V):
+        dirty = torch.empty(V, C, dtype=dtype)
+        dirty[:used] = float("nan")
+        del dirty
+        table, _ = torch.ops.pygpt.embedding_backward(grad, idx, V, None, 0)
+        expected_table = torch.zeros(V, C, dtype=dtype)
+        for row, count in ((0, 1), (1234, 2), (V - 1, 1)):
+            expected_table[row] = count
+        assert torch.equal(table, expected_table)

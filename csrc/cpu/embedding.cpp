@@ -8,7 +8,7 @@
 #include <vector>
 
 #ifdef __linux__
-#include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #include "cpu/tensor.h"
@@ -118,18 +118,19 @@ std::vector<Scatter> sort_positions(int64_t B, int64_t T, int64_t offset) {
 }
 
 template <class T>
-void scatter_add(const Tensor& grad, const std::vector<Scatter>& rows, Tensor& table) {
+void scatter_add(const Tensor& grad, const std::vector<Scatter>& rows, Tensor& table, bool zero) {
   const int64_t N = rows.size(), C = table.size(1);
   const T* from = static_cast<const T*>(grad.const_data_ptr());
   T* to = static_cast<T*>(table.mutable_data_ptr());
   const auto kernel = PYGPT_DISPATCH(scatter_add_units<T>);
   torch::stable::parallel_for(0, N * ((C + kBlock - 1) / kBlock), grain(std::min(C, kBlock)), [&](int64_t begin, int64_t end) {
-    kernel(from, rows.data(), N, to, C, kBlock, begin, end);
+    kernel(from, rows.data(), N, to, zero, C, kBlock, begin, end);
   });
 }
 
-void embedding_backward_(Tensor grad, Tensor idx, Tensor token_grad, std::optional<Tensor> position_grad,
-                         int64_t position_offset) {
+// zero: token_grad and position_grad are known to be.
+void add_gradients(Tensor grad, Tensor idx, Tensor& token_grad, std::optional<Tensor> position_grad, int64_t position_offset,
+                   bool zero) {
   check_idx(idx);
   const int64_t B = idx.size(0), T = idx.size(1);
   PYGPT_CHECK(grad.dim() == 3 && grad.size(0) == B && grad.size(1) == T, "embedding: grad must be (B, T, C) for idx (B, T)");
@@ -145,22 +146,54 @@ void embedding_backward_(Tensor grad, Tensor idx, Tensor token_grad, std::option
   idx = as_contiguous(idx);
   const auto add = dtype == ScalarType::Float ? scatter_add<float> : scatter_add<bf16>;
   const std::vector<Scatter> tokens = sort_tokens(idx, token_grad.size(0));  // throws before anything is written
-  add(grad, tokens, token_grad);
-  if (position_grad) add(grad, sort_positions(B, T, position_offset), *position_grad);
+  add(grad, tokens, token_grad, zero);
+  if (position_grad) add(grad, sort_positions(B, T, position_offset), *position_grad, zero);
 }
 
-// A zeroed table. One of a real vocabulary is large enough that the C library maps fresh memory for it on every call,
-// whose page faults cost several times the filling; huge pages make them few.
+void embedding_backward_(Tensor grad, Tensor idx, Tensor token_grad, std::optional<Tensor> position_grad,
+                         int64_t position_offset) {
+  add_gradients(grad, idx, token_grad, position_grad, position_offset, false);
+}
+
+// Whether the whole pages of [first, last), at most kHugePage bytes, were made to read as zeros without writing them; first
+// and last then become their bounds. Fresh memory reads as zeros, and the system fills it anyway when it is first written (not
+// read: that maps a shared page of zeros, and the write after it costs a second fault and an interrupt of the other threads).
+// Memory that the process has used before is left alone: filling it costs less than new pages do.
+bool discard([[maybe_unused]] uintptr_t& first, [[maybe_unused]] uintptr_t& last) {
+#ifdef __linux__
+  constexpr uintptr_t kSmallest = 4096;
+  const uintptr_t size = sysconf(_SC_PAGESIZE), begin = (first + size - 1) / size * size, end = last / size * size;
+  if (size < kSmallest || begin >= end) return false;
+  unsigned char resident[kHugePage / kSmallest];  // a flag for each page
+  void* const memory = reinterpret_cast<void*>(begin);
+  if (mincore(memory, end - begin, resident) != 0) return false;
+  if (std::any_of(resident, resident + (end - begin) / size, [](unsigned char flags) { return flags & 1; })) return false;
+  if (madvise(memory, end - begin, MADV_DONTNEED) != 0) return false;  // not resident may also mean swapped out
+  first = begin;
+  last = end;
+  return true;
+#else
+  return false;
+#endif
+}
+
+void fill_with_zeros(uintptr_t first, uintptr_t last) { std::memset(reinterpret_cast<void*>(first), 0, last - first); }
+
+// Filling the table with zeros takes most of the time of its gradient.
 Tensor zero_table(const Tensor& like, int64_t rows, int64_t C) {
   Tensor table = new_empty(like, {rows, C}, like.scalar_type());
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kHuge = 2 << 20;
-  const uintptr_t start = reinterpret_cast<uintptr_t>(table.const_data_ptr()), bytes = rows * C * like.element_size();
-  const uintptr_t first = (start + kHuge - 1) / kHuge * kHuge, last = (start + bytes) / kHuge * kHuge;
-  // Advice only: where it is not taken, nothing but time is lost.
-  if (bytes >= 8 * kHuge) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-  return torch::stable::zero_(table);
+  const uintptr_t start = reinterpret_cast<uintptr_t>(table.mutable_data_ptr());
+  const uintptr_t end = start + table.numel() * table.element_size();
+  torch::stable::parallel_for(start / kHugePage, (end + kHugePage - 1) / kHugePage, 1, [&](int64_t from, int64_t to) {
+    for (uintptr_t page = from * kHugePage; page < to * kHugePage; page += kHugePage) {
+      const uintptr_t begin = std::max(page, start), stop = std::min(page + kHugePage, end);
+      uintptr_t first = begin, last = stop;
+      if (!discard(first, last)) first = last;
+      fill_with_zeros(begin, first);
+      fill_with_zeros(last, stop);
+    }
+  });
+  return table;
 }
 
 // position_rows absent: no position table, and the second result is an unused empty tensor.
@@ -169,7 +202,7 @@ std::tuple<Tensor, Tensor> embedding_backward(Tensor grad, Tensor idx, int64_t t
   PYGPT_CHECK(grad.dim() == 3, "embedding: grad must be (B, T, C)");
   const int64_t C = grad.size(2);
   Tensor token_grad = zero_table(grad, token_rows, C), position_grad = zero_table(grad, position_rows.value_or(0), C);
-  embedding_backward_(grad, idx, token_grad, position_rows ? std::optional(position_grad) : std::nullopt, position_offset);
+  add_gradients(grad, idx, token_grad, position_rows ? std::optional(position_grad) : std::nullopt, position_offset, true);
   return {token_grad, position_grad};
 }
 

@@ -36,14 +36,15 @@ int64_t embedding_rows(const int64_t* idx, const T* token, const T* position, T*
 }
 
 // to[c] += sum over k of grad[rows[k], c], for c in first .. last, in the order of rows: summed in float32, rounded once.
+// zero: `to` is known to be, and is not read.
 template <class T>
-PYGPT_INLINE void add_rows(const T* grad, const Scatter* rows, int64_t count, T* to, int64_t first, int64_t last,
+PYGPT_INLINE void add_rows(const T* grad, const Scatter* rows, int64_t count, T* to, bool zero, int64_t first, int64_t last,
                            int64_t C) {
   constexpr int kVectors = 8;  // accumulators in registers
   int64_t c = first;
   for (; c + kVectors * kLanes <= last; c += kVectors * kLanes) {
     vf sum[kVectors];
-    for (int v = 0; v < kVectors; ++v) sum[v] = load(to + c + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) sum[v] = zero ? vf{} : load(to + c + v * kLanes);
     for (int64_t k = 0; k < count; ++k) {
       const T* from = grad + rows[k].from * C + c;
       for (int v = 0; v < kVectors; ++v) sum[v] += load(from + v * kLanes);
@@ -53,7 +54,7 @@ PYGPT_INLINE void add_rows(const T* grad, const Scatter* rows, int64_t count, T*
   to += c;
   grad += c;
   PYGPT_FOR_LANES(last - c, {
-    vf sum = load_step(to + i, n);
+    vf sum = zero ? vf{} : load_step(to + i, n);
     for (int64_t k = 0; k < count; ++k) sum += load_step(grad + rows[k].from * C + i, n);
     store_step(to + i, sum, n);
   })
@@ -63,8 +64,8 @@ PYGPT_INLINE void add_rows(const T* grad, const Scatter* rows, int64_t count, T*
 // `block` columns, numbered run by run; this call does those whose number is in begin .. end of 0 .. N * ceil(C / block).
 // A unit is done by one thread from its first row to its last, so the bits do not depend on how units are spread.
 template <class T>
-void scatter_add_units(const T* grad, const Scatter* rows, int64_t N, T* table, int64_t C, int64_t block, int64_t begin,
-                       int64_t end) {
+void scatter_add_units(const T* grad, const Scatter* rows, int64_t N, T* table, bool zero, int64_t C, int64_t block,
+                       int64_t begin, int64_t end) {
   const int64_t blocks = (C + block - 1) / block;
   int64_t k = begin / blocks;
   while (k > 0 && rows[k - 1].to == rows[k].to) --k;
@@ -78,7 +79,7 @@ void scatter_add_units(const T* grad, const Scatter* rows, int64_t N, T* table, 
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t unit = k * blocks + b * count, last = (b + 1) * block;
       if (unit >= begin && unit < end)
-        add_rows(grad, rows + k, count, table + rows[k].to * C, b * block, last < C ? last : C, C);
+        add_rows(grad, rows + k, count, table + rows[k].to * C, zero, b * block, last < C ? last : C, C);
     }
     k += count;
   }

@@ -1,7 +1,7 @@
 // layer_norm and add_layer_norm on the CPU: checks, threads and registration. The arithmetic is layer_norm_kernel.h.
 
 #include <algorithm>
-#include <cstring>
+#include <memory>
 #include <vector>
 
 #include "cpu/tensor.h"
@@ -39,30 +39,24 @@ void check_statistics(const Tensor& stats, int64_t rows, const char* op) {
   PYGPT_CHECK(stats.scalar_type() == ScalarType::Float && stats.numel() == rows, op, ": mean and rstd must be (rows,) float32");
 }
 
-// A weight or bias as contiguous floats; null where absent.
-class Floats {
+// A weight or bias as the kernels for rows of T take it; null where absent.
+template <class T>
+class RowOrder {
  public:
-  explicit Floats(const std::optional<Tensor>& weight) {
+  explicit RowOrder(const std::optional<Tensor>& weight) {
     if (!weight) return;
-    tensor_ = as_contiguous(*weight);
-    if (tensor_->scalar_type() == ScalarType::Float) {
-      data_ = tensor_->const_data_ptr<float>();
-      return;
-    }
-    const auto* from = static_cast<const bf16*>(tensor_->const_data_ptr());
-    converted_.resize(tensor_->numel());
-    for (size_t i = 0; i < converted_.size(); ++i) {
-      const uint32_t bits = uint32_t{from[i].bits} << 16;
-      std::memcpy(&converted_[i], &bits, sizeof bits);
-    }
-    data_ = converted_.data();
+    const Tensor from = as_contiguous(*weight);
+    const int64_t C = from.numel();
+    data_.resize(whole_pairs(C));
+    if (from.scalar_type() == ScalarType::Float)
+      PYGPT_DISPATCH(to_row_order<T, float>)(from.const_data_ptr<float>(), data_.data(), C);
+    else
+      PYGPT_DISPATCH(to_row_order<T, bf16>)(static_cast<const bf16*>(from.const_data_ptr()), data_.data(), C);
   }
-  const float* data() const { return data_; }
+  const float* data() const { return data_.empty() ? nullptr : data_.data(); }
 
  private:
-  std::optional<Tensor> tensor_;
-  std::vector<float> converted_;
-  const float* data_ = nullptr;
+  std::vector<float> data_;
 };
 
 template <class T>
@@ -77,15 +71,16 @@ struct Forward {
 };
 
 template <class T>
-void forward(const Tensor& x, const std::optional<Tensor>& residual, const Floats& weight, const Floats& bias, Forward& out,
-             int64_t rows, int64_t C, float eps) {
+void forward(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, const std::optional<Tensor>& bias,
+             Forward& out, int64_t rows, int64_t C, float eps) {
+  const RowOrder<T> w(weight), b(bias);
   const T *in = input<T>(x), *res = input<T>(residual);
   T *y = static_cast<T*>(out.y.mutable_data_ptr()), *sum = out.sum ? static_cast<T*>(out.sum->mutable_data_ptr()) : nullptr;
   float *mean = out.mean.mutable_data_ptr<float>(), *rstd = out.rstd.mutable_data_ptr<float>();
   const auto kernel = PYGPT_DISPATCH(layer_norm_rows<T>);
   torch::stable::parallel_for(0, rows, row_grain(C), [&](int64_t begin, int64_t end) {
     const int64_t at = begin * C;
-    kernel(in + at, res ? res + at : nullptr, weight.data(), bias.data(), sum ? sum + at : nullptr, y + at, mean + begin,
+    kernel(in + at, res ? res + at : nullptr, w.data(), b.data(), sum ? sum + at : nullptr, y + at, mean + begin,
            rstd + begin, end - begin, C, eps);
   });
 }
@@ -102,35 +97,44 @@ Forward any_forward(Tensor x, std::optional<Tensor> residual, const Tensor& weig
   const int64_t C = weight.size(0), rows = C ? x.numel() / C : 0;
   Forward out{new_like(x), std::nullopt, new_empty(x, {rows}, ScalarType::Float), new_empty(x, {rows}, ScalarType::Float)};
   if (residual) out.sum = new_like(x);
-  (x.scalar_type() == ScalarType::Float ? forward<float> : forward<bf16>)(x, residual, Floats(weight), Floats(bias), out, rows,
-                                                                          C, static_cast<float>(eps));
+  (x.scalar_type() == ScalarType::Float ? forward<float> : forward<bf16>)(x, residual, weight, bias, out, rows, C,
+                                                                          static_cast<float>(eps));
   return out;
 }
 
 template <class T>
-void backward(const Tensor& grad, const std::optional<Tensor>& grad_sum, const Tensor& x, const Floats& weight,
-              const Tensor& mean, const Tensor& rstd, Tensor& grad_x, float* dweight, float* dbias, int64_t chunks, int64_t C) {
-  const int64_t rows = mean.numel();
+Tensor add_chunks(const float* partial, int64_t chunks, int64_t C, const Tensor& weight) {
+  Tensor total = new_empty(weight, {C}, weight.scalar_type());
+  if (weight.scalar_type() == ScalarType::Float)
+    PYGPT_DISPATCH(add_chunks<T, float>)(partial, chunks, whole_pairs(C), total.mutable_data_ptr<float>(), C);
+  else
+    PYGPT_DISPATCH(add_chunks<T, bf16>)(partial, chunks, whole_pairs(C), static_cast<bf16*>(total.mutable_data_ptr()), C);
+  return total;
+}
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const std::optional<Tensor>& grad_sum, const Tensor& x,
+                                            const Tensor& weight, const Tensor& mean, const Tensor& rstd, bool has_bias) {
+  const int64_t rows = mean.numel(), C = weight.size(0), stride = whole_pairs(C);
+  const int64_t most = std::min(std::max<int64_t>(rows, 1), kMaxChunks);
+  const int64_t chunks = std::clamp<int64_t>(x.numel() / kMinChunkElements, 1, most);
+  const RowOrder<T> w(weight);
+  Tensor grad_x = new_like(x);
   const T *dy = input<T>(grad), *dsum = input<T>(grad_sum), *in = input<T>(x);
   T* dx = static_cast<T*>(grad_x.mutable_data_ptr());
   const float *mu = mean.const_data_ptr<float>(), *r = rstd.const_data_ptr<float>();
+  // Not filled here: each chunk's part is first written by the thread that has it in its cache then.
+  const std::unique_ptr<float[]> dweight(new float[chunks * stride]), dbias(has_bias ? new float[chunks * stride] : nullptr);
   const auto kernel = PYGPT_DISPATCH(layer_norm_backward_rows<T>);
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t chunk = first; chunk < last; ++chunk) {
       const int64_t begin = rows * chunk / chunks, end = rows * (chunk + 1) / chunks, at = begin * C;
-      kernel(dy + at, dsum ? dsum + at : nullptr, in + at, weight.data(), mu + begin, r + begin, dx + at, dweight + chunk * C,
-             dbias ? dbias + chunk * C : nullptr, end - begin, C);
+      kernel(dy + at, dsum ? dsum + at : nullptr, in + at, w.data(), mu + begin, r + begin, dx + at,
+             dweight.get() + chunk * stride, has_bias ? dbias.get() + chunk * stride : nullptr, end - begin, C);
     }
   });
-}
-
-Tensor add_chunks(const float* partial, int64_t chunks, int64_t C, const Tensor& weight) {
-  Tensor total = new_empty(weight, {C}, weight.scalar_type());
-  if (weight.scalar_type() == ScalarType::Float)
-    PYGPT_DISPATCH(add_chunks<float>)(partial, chunks, total.mutable_data_ptr<float>(), C);
-  else
-    PYGPT_DISPATCH(add_chunks<bf16>)(partial, chunks, static_cast<bf16*>(total.mutable_data_ptr()), C);
-  return total;
+  return {grad_x, add_chunks<T>(dweight.get(), chunks, C, weight),
+          has_bias ? add_chunks<T>(dbias.get(), chunks, C, weight) : new_empty(weight, {0}, weight.scalar_type())};
 }
 
 std::tuple<Tensor, Tensor, Tensor> any_backward(Tensor grad, std::optional<Tensor> grad_sum, Tensor x, const Tensor& weight,
@@ -148,13 +152,8 @@ std::tuple<Tensor, Tensor, Tensor> any_backward(Tensor grad, std::optional<Tenso
     check_like(*grad_sum, x, op);
     grad_sum = as_contiguous(*grad_sum);
   }
-  const int64_t chunks = std::clamp<int64_t>(x.numel() / kMinChunkElements, 1, std::min(std::max<int64_t>(rows, 1), kMaxChunks));
-  std::vector<float> dweight(chunks * C), dbias(has_bias ? chunks * C : 0);
-  Tensor grad_x = new_like(x);
-  (x.scalar_type() == ScalarType::Float ? backward<float> : backward<bf16>)(
-      grad, grad_sum, x, Floats(weight), mean, rstd, grad_x, dweight.data(), has_bias ? dbias.data() : nullptr, chunks, C);
-  return {grad_x, add_chunks(dweight.data(), chunks, C, weight),
-          has_bias ? add_chunks(dbias.data(), chunks, C, weight) : new_empty(weight, {0}, weight.scalar_type())};
+  return (x.scalar_type() == ScalarType::Float ? backward<float> : backward<bf16>)(grad, grad_sum, x, weight, mean, rstd,
+                                                                                   has_bias);
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, double eps) {

@@ -3,6 +3,7 @@
 #include "cpu/tensor.h"
 
 #include <bit>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -82,22 +83,23 @@ Tensor linear_int8(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> 
 
 // The gradient of a bias. Sums of kRows rows, then the sum of those: the same bits for any number of threads.
 template <class T>
-Tensor sum_rows(const Tensor& x) {
+Tensor sum_columns(const Tensor& x) {
   constexpr int64_t kRows = 128;
   const int64_t rows = x.size(0), columns = x.size(1), blocks = (rows + kRows - 1) / kRows;
+  const int64_t stride = whole_pairs(columns);
   Tensor y = new_empty(x, {columns}, x.scalar_type());
   const T* in = static_cast<const T*>(x.const_data_ptr());
-  std::vector<float> sums((blocks + 1) * columns);
-  float* total = sums.data() + blocks * columns;
-  const auto kernel = PYGPT_DISPATCH(add_rows<T>);
+  const std::unique_ptr<float[]> sums(new float[(blocks + 1) * stride]);
+  float* total = sums.get() + blocks * stride;
+  const auto kernel = PYGPT_DISPATCH(sum_rows<T>);
   const int64_t grain = 1 + kGrainBytes / std::max<int64_t>(kRows * columns * sizeof(T), 1);
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * kRows;
-      kernel(in + first * columns, sums.data() + block * columns, std::min(kRows, rows - first), columns);
+      kernel(in + first * columns, sums.get() + block * stride, std::min(kRows, rows - first), columns);
     }
   });
-  PYGPT_DISPATCH(add_rows<float>)(sums.data(), total, blocks, columns);
+  PYGPT_DISPATCH(sum_rows<float>)(sums.get(), total, blocks, stride);
   PYGPT_DISPATCH(round_to<T>)(total, static_cast<T*>(y.mutable_data_ptr()), columns);
   return y;
 }
@@ -105,7 +107,7 @@ Tensor sum_rows(const Tensor& x) {
 Tensor column_sum(Tensor x) {
   PYGPT_CHECK(x.dim() == 2 && (x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16),
               "column_sum: x must be (M, N), float32 or bfloat16");
-  return (x.scalar_type() == ScalarType::Float ? sum_rows<float> : sum_rows<bf16>)(as_contiguous(x));
+  return (x.scalar_type() == ScalarType::Float ? sum_columns<float> : sum_columns<bf16>)(as_contiguous(x));
 }
 
 }  // namespace

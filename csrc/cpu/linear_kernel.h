@@ -3,6 +3,8 @@
 // Generation multiplies one row, or a few, with every weight: the time is that of reading the weights once, so what counts is
 // that they stream in. Each tile of weight rows is multiplied with all rows of x while it is in the first-level cache.
 
+#include "cpu/pair.h"
+
 namespace pygpt::PYGPT_ISA {
 
 // How many elements of a weight row, of type W, a step takes, and the products of a step added to the sums of each lane.
@@ -140,28 +142,32 @@ void linear_few_rows(const X* x, const W* weight, const float* scale, const Y* b
 
 constexpr int kAddedRows = 16;  // at a time, so that sums, in the first-level cache, are seldom written
 
-template <class T>
-PYGPT_INLINE vf sum_of_rows(const T* p, int64_t columns, int64_t n) {
-  vf sum = load_step(p, n);
+template <int ROWS, class T>
+PYGPT_INLINE Pair sum_of_rows(const T* x, int64_t columns, int64_t n) {
+  Pair sum = load_pair_step(x, n);
 #pragma GCC unroll 16
-  for (int i = 1; i < kAddedRows; ++i) sum += load_step(p + i * columns, n);
+  for (int i = 1; i < ROWS; ++i) sum = sum + load_pair_step(x + i * columns, n);
   return sum;
 }
 
-// sums (columns) += each row of x (rows, columns).
-template <class T>
-void add_rows(const T* x, float* sums, int64_t rows, int64_t columns) {
-  for (; rows >= kAddedRows; rows -= kAddedRows, x += kAddedRows * columns) {
-    PYGPT_FOR_LANES(columns, { store_step(sums + i, load_step(sums + i, n) + sum_of_rows(x + i, columns, n), n); })
-  }
-  for (; rows > 0; --rows, x += columns) {
-    PYGPT_FOR_LANES(columns, { store_step(sums + i, load_step(sums + i, n) + load_step(x + i, n), n); })
-  }
+// sums += ROWS rows of x.
+template <int ROWS, class T>
+PYGPT_INLINE void add_rows_to(float* sums, const T* x, int64_t columns) {
+  PYGPT_FOR_PAIRS(columns, store_pair(sums + i, load_pair(sums + i) + sum_of_rows<ROWS>(x + i, columns, n));)
 }
 
+// sums = the sum of the rows of x (rows, columns), in the order of pairs of T and with whole pairs (see pair.h).
 template <class T>
-void round_to(const float* x, T* y, int64_t count) {
-  PYGPT_FOR_LANES(count, { store_step(y + i, load_step(x + i, n), n); })
+void sum_rows(const T* x, float* sums, int64_t rows, int64_t columns) {
+  std::memset(sums, 0, (columns + kPair - 1) / kPair * kPair * sizeof *sums);
+  for (; rows >= kAddedRows; rows -= kAddedRows, x += kAddedRows * columns) add_rows_to<kAddedRows>(sums, x, columns);
+  for (; rows > 0; --rows, x += columns) add_rows_to<1>(sums, x, columns);
+}
+
+// y = the sums of sum_rows<T>, rounded.
+template <class T>
+void round_to(const float* sums, T* y, int64_t count) {
+  PYGPT_FOR_PAIRS(count, store_pair_step(y + i, load_pair(sums + i), n);)
 }
 
 }  // namespace pygpt::PYGPT_ISA

@@ -49,14 +49,18 @@ PYGPT_INLINE vf load(const bf16* p) { return (vf)load_upper(p); }
 
 PYGPT_INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 
-// Rounds to nearest, ties to even; NaN stays NaN.
+// Rounded to bf16, in the upper halves of the lanes: to nearest, ties to even; NaN stays NaN. The lower halves are noise.
+PYGPT_INLINE vu round_upper(vf v) {
+  const vu u = (vu)v, rounded = u + 0x7fff + ((u >> 16) & 1);
+  return (vu)(v != v ? (vi)(u | 0x400000) : (vi)rounded);
+}
+
 PYGPT_INLINE void store(bf16* p, vf v) {
 #ifdef PYGPT_AVX512_BF16
   __m256bh h = _mm512_cvtneps_pbh((__m512)v);
   std::memcpy(p, &h, sizeof h);
 #else
-  const vu u = (vu)v, rounded = u + 0x7fff + ((u >> 16) & 1);
-  store_upper(p, (vu)(v != v ? (vi)(u | 0x400000) : (vi)rounded));
+  store_upper(p, round_upper(v));
 #endif
 }
 
@@ -106,13 +110,13 @@ PYGPT_INLINE void store(T* p, vf v, int64_t n) {
 }
 #endif
 
-// Runs the body over 0 .. C in steps of kLanes, with `i` the first element and `n` how many there are: a constant in
-// all steps but the last, so that load_step and store_step cost nothing there.
-#define PYGPT_FOR_LANES(C, ...)              \
+// Runs the body over 0 .. C in steps of STEP, with `i` the first element and `n` how many there are: a constant in all
+// steps but the last, so that load_step and store_step cost nothing there.
+#define PYGPT_FOR_STEPS(STEP, C, ...)        \
   {                                          \
     int64_t i = 0;                           \
-    for (; i + kLanes <= (C); i += kLanes) { \
-      constexpr int64_t n = kLanes;          \
+    for (; i + (STEP) <= (C); i += (STEP)) { \
+      constexpr int64_t n = STEP;            \
       __VA_ARGS__                            \
     }                                        \
     if (i < (C)) {                           \
@@ -120,23 +124,25 @@ PYGPT_INLINE void store(T* p, vf v, int64_t n) {
       __VA_ARGS__                            \
     }                                        \
   }
+#define PYGPT_FOR_LANES(C, ...) PYGPT_FOR_STEPS(kLanes, C, __VA_ARGS__)
 
 // The same, with `u`, a constant that counts the steps modulo K: for K sums that do not wait for each other.
-#define PYGPT_FOR_LANES_BY(K, C, ...)                                     \
-  {                                                                       \
-    int64_t start = 0;                                                    \
-    for (; start + (K)*kLanes <= (C); start += (K)*kLanes)                \
-      for (int u = 0; u < (K); ++u) {                                     \
-        constexpr int64_t n = kLanes;                                     \
-        const int64_t i = start + u * kLanes;                             \
-        __VA_ARGS__                                                       \
-      }                                                                   \
-    for (; start < (C); start += kLanes) {                                \
-      constexpr int u = 0;                                                \
-      const int64_t i = start, n = (C)-i < kLanes ? (C)-i : int64_t{kLanes}; \
-      __VA_ARGS__                                                         \
-    }                                                                     \
+#define PYGPT_FOR_STEPS_BY(STEP, K, C, ...)                                 \
+  {                                                                         \
+    int64_t start = 0;                                                      \
+    for (; start + (K) * (STEP) <= (C); start += (K) * (STEP))              \
+      for (int u = 0; u < (K); ++u) {                                       \
+        constexpr int64_t n = STEP;                                         \
+        const int64_t i = start + u * (STEP);                               \
+        __VA_ARGS__                                                         \
+      }                                                                     \
+    for (; start < (C); start += (STEP)) {                                  \
+      constexpr int u = 0;                                                  \
+      const int64_t i = start, n = (C)-i < (STEP) ? (C)-i : int64_t{STEP}; \
+      __VA_ARGS__                                                           \
+    }                                                                       \
   }
+#define PYGPT_FOR_LANES_BY(K, C, ...) PYGPT_FOR_STEPS_BY(kLanes, K, C, __VA_ARGS__)
 
 template <class T>
 PYGPT_INLINE vf load_step(const T* p, int64_t n) {
@@ -148,7 +154,17 @@ PYGPT_INLINE void store_step(T* p, vf v, int64_t n) {
   n == kLanes ? store(p, v) : store(p, v, n);
 }
 
+// a > b ? a : b and a < b ? a : b, so that b comes out where one of them is NaN; the compiler needs two instructions for each.
+#if PYGPT_LANES == 16
+PYGPT_INLINE vf vmax(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+PYGPT_INLINE vf vmin(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif PYGPT_LANES == 8
+PYGPT_INLINE vf vmax(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+PYGPT_INLINE vf vmin(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
 PYGPT_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+PYGPT_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
+#endif
 
 PYGPT_INLINE vf vsqrt(vf x) {
 #if PYGPT_LANES == 16

@@ -10,6 +10,10 @@
 #include <optional>
 #include <tuple>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace pygpt {
 
 using torch::headeronly::ScalarType;
@@ -18,18 +22,35 @@ using torch::stable::Tensor;
 // A checked precondition. The Python seam checks what users can get wrong; these catch direct calls of torch.ops.pygpt.
 #define PYGPT_CHECK STD_TORCH_CHECK
 
+// Rows of floats that kernels take and fill in the order of pairs (pair.h) are whole pairs, of every instruction set's.
+constexpr int64_t whole_pairs(int64_t C) { return (C + 31) / 32 * 32; }
+
+constexpr uintptr_t kHugePage = 2 << 20;  // bytes, the size that Linux has on x86-64 and mostly on ARM
+
+// The C library maps fresh memory for large results, in every call if they come and go, and page faults can cost several times
+// what filling them does: huge pages make them few. Advice only: where it is not taken, nothing but time is lost.
+inline void ask_for_huge_pages([[maybe_unused]] const Tensor& x) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t start = reinterpret_cast<uintptr_t>(x.const_data_ptr()), bytes = x.numel() * x.element_size();
+  const uintptr_t first = (start + kHugePage - 1) / kHugePage * kHugePage, last = (start + bytes) / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 // Torch's own new_empty, empty_like and contiguous go through the dispatcher by name, a microsecond each; a small layer's
 // whole arithmetic takes less. These do the same for contiguous tensors on the device of `like`.
 inline Tensor new_empty(const Tensor& like, const int64_t* sizes, int64_t dim, ScalarType dtype) {
-  int64_t strides[64];  // the most dimensions that torch has
-  for (int64_t i = dim - 1, step = 1; i >= 0; step *= std::max<int64_t>(sizes[i--], 1)) strides[i] = step;
+  int64_t strides[64], step = 1;  // the most dimensions that torch has
+  for (int64_t i = dim - 1; i >= 0; step *= std::max<int64_t>(sizes[i--], 1)) strides[i] = step;
   int32_t device_type;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dim, sizes, strides, code, device_type, like.get_device_index(), &handle));
-  return Tensor(handle);
+  Tensor result(handle);
+  if (step >= static_cast<int64_t>(kHugePage)) ask_for_huge_pages(result);  // so many elements: two huge pages of bf16
+  return result;
 }
 
 inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
