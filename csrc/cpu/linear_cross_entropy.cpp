@@ -13,9 +13,9 @@
 namespace pygpt {
 namespace {
 
-constexpr int64_t kTokens = kMatmulMaxK;               // at a time; beyond them gradients of weight are added up
+constexpr int64_t kTokens = 4096;                      // at a time; beyond them gradients of weight are added up
 constexpr int64_t kGradientElements = 12 << 20;        // of the vocabulary's columns that are at hand
-constexpr int64_t kColumns = 512;                      // a multiple of which those are
+constexpr int64_t kColumns = 512, kMaxColumns = 4096;  // of which those are a multiple, and the most
 constexpr float kLog2E = 1.44269504088896341f;
 
 // Of some tokens: log2 of the softmax's denominator, and the sum of the losses.
@@ -55,7 +55,7 @@ double chunk(const Head& head, const Tensor& like, const int64_t* targets, int64
   const double loss = log_sums(out, blocks, log_sum);
   if (!head.grad_hidden && !head.grad_weight) return loss;
 
-  const int64_t columns = std::clamp(kGradientElements / T / kColumns * kColumns, kColumns, kMatmulMaxK);
+  const int64_t columns = std::clamp(kGradientElements / T / kColumns * kColumns, kColumns, kMaxColumns);
   const int64_t stride = columns + 32;  // not a multiple of what the caches' sets are apart
   Tensor space = new_empty(like, {T * stride}, ScalarType::BFloat16);
   Tensor sums = new_empty(like, {head.grad_hidden ? matmul_panels(T) * matmul_panels(C) * kMatmulSums : 0}, ScalarType::Float);

@@ -22,13 +22,19 @@ namespace {
 constexpr int64_t kBlockElements = 512 << 10;  // of a thread's block: half of a second-level cache of 2 MiB
 constexpr int64_t kMaxBlock = 512;             // rows or columns of it
 
-int64_t largest_block(int64_t K) {  // in panels
-  return std::clamp<int64_t>(kBlockElements / matmul_panel_elements(std::min(K, kMatmulMaxK)), 1, kMaxBlock / kMatmulPanel);
+// The summed dimension goes in parts of this length, about equally long.
+int64_t part_of(int64_t K) {
+  const int64_t parts = (K + kMatmulMaxK - 1) / kMatmulMaxK, step = kMatmulSteps * kMatmulStep;
+  return ((K + parts - 1) / parts + step - 1) / step * step;
+}
+
+int64_t largest_block(int64_t k) {  // in panels of k
+  return std::clamp<int64_t>(kBlockElements / matmul_panel_elements(k), 1, kMaxBlock / kMatmulPanel);
 }
 
 }  // namespace
 
-int64_t statistics_block(int64_t K) { return largest_block(K) * kMatmulPanel; }
+int64_t statistics_block(int64_t K) { return largest_block(part_of(K)) * kMatmulPanel; }
 
 void multiply(const MatmulOperand& left, const MatmulOperand& right, int64_t K, const MatmulOut& out, const Tensor& like,
               float* sums, bool first, bool last) {
@@ -36,14 +42,14 @@ void multiply(const MatmulOperand& left, const MatmulOperand& right, int64_t K, 
   const bool left_is_block = out.finish == Finish::round && out.rows >= 2 * out.columns;
   const MatmulOperand &blocks = left_is_block ? left : right, &shared = left_is_block ? right : left;
   const int64_t count = left_is_block ? out.rows : out.columns, shared_count = left_is_block ? out.columns : out.rows;
-  const int64_t threads = torch::stable::get_num_threads(), size = matmul_panel_elements(std::min(K, kMatmulMaxK));
-  const int64_t panels = matmul_panels(count), shared_panels = matmul_panels(shared_count), largest = largest_block(K);
+  const int64_t threads = torch::stable::get_num_threads(), k_part = part_of(K), size = matmul_panel_elements(k_part);
+  const int64_t panels = matmul_panels(count), shared_panels = matmul_panels(shared_count), largest = largest_block(k_part);
   // As many blocks as a multiple of the threads, none larger than the cache allows.
   const int64_t rounds = (panels + largest * threads - 1) / (largest * threads);
   const int64_t in_block =
       out.finish == Finish::statistics ? largest : std::max<int64_t>(1, (panels + rounds * threads - 1) / (rounds * threads));
   const int64_t items = (panels + in_block - 1) / in_block, parts = std::min(threads, items);
-  const bool across = sums || K > kMatmulMaxK, own_sums = across && !sums;
+  const bool across = sums || K > k_part, own_sums = across && !sums;
 
   const int64_t per_part = in_block * (size / 2 + (across ? 0 : kMatmulSums));  // in floats
   Tensor space = new_empty(
@@ -51,8 +57,8 @@ void multiply(const MatmulOperand& left, const MatmulOperand& right, int64_t K, 
   float* base = space.mutable_data_ptr<float>();
   bf16* packed = reinterpret_cast<bf16*>(base + parts * per_part);
   if (own_sums) sums = base + parts * per_part + shared_panels * size / 2;
-  for (int64_t k = 0; k < K; k += kMatmulMaxK) {
-    const int64_t here = std::min(kMatmulMaxK, K - k);
+  for (int64_t k = 0; k < K; k += k_part) {
+    const int64_t here = std::min(k_part, K - k);
     torch::stable::parallel_for(0, shared_panels, 1, [&](int64_t begin, int64_t end) {
       const int64_t at = begin * kMatmulPanel;
       amx::matmul_pack(shared.data + k * shared.strides.k + at * shared.strides.free, shared.strides, !left_is_block,
