@@ -94,6 +94,21 @@ struct TileStep {
   float scale[2];  // by what to multiply the scores of each half of the queries
 };
 
+// Rows that will be packed, fetched from memory some at a time.
+struct RowsAhead {
+  HeadView<const bf16> at = {};
+  int64_t rows = 0;
+
+  void set(HeadView<const bf16> x, int64_t batch, int64_t head, int64_t first, int64_t count) {
+    at = x;
+    at.data += batch * x.batch + head * x.head + first * x.time;
+    rows = count;
+  }
+  void fetch(int64_t count, int64_t D) {
+    for (count = smaller(count, rows), rows -= count; count > 0; --count, at.data += at.time) prefetch_row(at.data, D);
+  }
+};
+
 // The state of one thread: a head's keys and values, a block of queries, and the steps under way.
 struct TiledForward {
   const AttentionShape& shape;
@@ -103,6 +118,8 @@ struct TiledForward {
   float *queries, *output;     // per group (depth x 2) tiles, (tiles x 2) tiles
   float *scores, *probabilities;  // of a step: (kKeyTiles x 2) tiles, (kKeySlices x 2) tiles
   float *largest, *sums;       // (kBlock)
+  RowsAhead ahead[3];
+  int64_t rows_ahead;          // to fetch at a time
   int64_t head = -1, query, packed_end = 0;  // query: the block's first one
 
   TiledForward(const AttentionShape& of, HeadView<const bf16> q, HeadView<const bf16> k, HeadView<const bf16> v,
@@ -118,6 +135,7 @@ struct TiledForward {
     sums = space;
   }
 
+  void look_ahead(int64_t item);
   void pack_keys_and_values(int64_t of_head, Range blocks);
   void pack_queries();
   bool next_step(TileStep& step, Range blocks) const;
@@ -132,6 +150,39 @@ struct TiledForward {
   void finish(bf16* out, float* lse) const;
 };
 
+// Makes what is to be packed for an item the rows to fetch: its queries and its last block of keys.
+inline void TiledForward::look_ahead(int64_t item) {
+  const int64_t of_head = item / shape.query_blocks(), block = item % shape.query_blocks(), first = block * kBlock;
+  const int64_t b = of_head / shape.H, h = of_head % shape.H, key = (shape.end_key_block(block) - 1) * kBlock;
+  ahead[0].set(q, b, h, first, smaller(kBlock, shape.T - first));
+  ahead[1].set(k, b, h, key, smaller(kBlock, shape.S - key));
+  ahead[2].set(v, b, h, key, smaller(kBlock, shape.S - key));
+}
+
+// Elements d .. d + 32 of a row, zero beyond D. Absent rows are zero.
+PYGPT_INLINE __m512i load_slice(const bf16* row, int64_t d, int64_t D, bool present) {
+  return _mm512_maskz_loadu_epi16(present ? _bzhi_u32(~0u, static_cast<unsigned>(smaller(D - d, 32))) : 0, row + d);
+}
+
+// Units of elements of rows 2i and 2i + 1, i < 16, one row of units per element: half of the elements d .. d + 32, those
+// that unpacking takes from the low (or HIGH) halves of 128 bits, 4 of every 8.
+template <bool HIGH>
+static void pack_columns_of_slice(const bf16* row, int64_t stride, int64_t count, int64_t d, int64_t D, float* to,
+                                  int64_t next_tile) {
+  vf block[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    const __m512i even = load_slice(row + 2 * i * stride, d, D, 2 * i < count);
+    const __m512i odd = load_slice(row + (2 * i + 1) * stride, d, D, 2 * i + 1 < count);
+    block[i] = (vf)(HIGH ? _mm512_unpackhi_epi16(even, odd) : _mm512_unpacklo_epi16(even, odd));
+  }
+  transpose<kLanes / 2>(block);
+  to += HIGH ? 4 * kSide : 0;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i)
+    if (i < 8 || next_tile) store(to + i / 8 * next_tile + (i % 8 / 4 * 8 + i % 4) * kSide, block[i]);
+}
+
 // Packs the blocks of keys that were not yet, of queries that never move back.
 inline void TiledForward::pack_keys_and_values(int64_t of_head, Range blocks) {
   packed_end = head == of_head ? larger(packed_end, blocks.begin) : blocks.begin;
@@ -143,22 +194,15 @@ inline void TiledForward::pack_keys_and_values(int64_t of_head, Range blocks) {
     float* to = keys + packed_end * kKeyTiles * depth * kTile;
     for (int64_t r = 0; r < kBlock; ++r, row += k.time)
       for (int64_t i = 0; i < depth; ++i)
-        store(to + (r / kSide * depth + i) * kTile + r % kSide * kSide,
-              r < count ? load_units(row, i * 32, D) : vf{});
+        store(to + (r / kSide * depth + i) * kTile + r % kSide * kSide, (vf)load_slice(row, i * 32, D, r < count));
     row = v.data + b * v.batch + h * v.head + first * v.time;
     to = values + packed_end * kKeySlices * tiles * kTile;
-    for (int64_t d = 0; d < tiles * kSide; d += kSide)
-      for (int64_t r = 0; r < kBlock; r += 32, to += kTile) {
-        vf block[kLanes];
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) {
-          const int64_t even = r + 2 * i;
-          const bf16* at = row + even * v.time + d;
-          block[i] = even < count ? load_pair_of_rows(at, even + 1 < count ? at + v.time : nullptr, D - d) : vf{};
-        }
-        transpose<kLanes / 2>(block);
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) store(to + i * kSide, block[i]);
+    for (int64_t r = 0; r < kBlock; r += 32, row += 32 * v.time, to += kTile)
+      for (int64_t d = 0; d < D; d += 32) {
+        float* tile = to + d / kSide * kKeySlices * kTile;
+        const int64_t next = D - d > kSide ? kKeySlices * kTile : 0;
+        pack_columns_of_slice<false>(row, v.time, count - r, d, D, tile, next);
+        pack_columns_of_slice<true>(row, v.time, count - r, d, D, tile, next);
       }
   }
 }
@@ -167,12 +211,12 @@ inline void TiledForward::pack_queries() {
   const int64_t rows = smaller(kBlock, shape.T - query);
   const bf16* row = q.data + head / shape.H * q.batch + head % shape.H * q.head + query * q.time;
   const vu sign = vu{} + (shape.scale < 0 ? 0x80008000u : 0);  // scales the scores by a factor that keeps their order
-  for (int64_t r = 0; r < round_up(rows, kQueries); r += kSide)
+  for (int64_t r = 0; r < round_up(rows, kQueries); r += kSide, row += kSide * q.time)
     for (int64_t i = 0; i < depth; ++i) {
       vf block[kLanes];
 #pragma GCC unroll 16
       for (int j = 0; j < kLanes; ++j)
-        block[j] = r + j < rows ? (vf)((vu)load_units(row + (r + j) * q.time, i * 32, shape.D) ^ sign) : vf{};
+        block[j] = (vf)((vu)load_slice(row + j * q.time, i * 32, shape.D, r + j < rows) ^ sign);
       transpose<kLanes / 2>(block);
       float* to = queries + ((r / kQueries * depth + i) * 2 + r / kSide % 2) * kTile;
 #pragma GCC unroll 16
@@ -285,7 +329,8 @@ void TiledForward::exponentials(const TileStep& step, int64_t tile, int half, co
   }
   float* sum = sums + step.group * kQueries + half * kSide;
   store(sum, load(sum) + (sum_even + sum_odd));
-  if (tile % 2 == 0 && tile + 1 == step.to) std::memset(p + kTile / 2, 0, kTile / 2 * sizeof(float));
+  if (tile % 2 == 0 && tile + 1 == step.to)  // the sum over keys goes in whole slices
+    for (int i = 0; i < kSide / 2; ++i) store(p + kTile / 2 + i * kSide, vf{});
 }
 
 // dropout_keep for 16 queries: of each of the 64 keys of a block, which queries keep it.
@@ -320,6 +365,7 @@ inline void TiledForward::attend(Range blocks) {
       const int64_t first = query + now.group * kQueries + half * kSide;
       if (shape.dropout.on) dropout_keep_by_key(shape.dropout, head, first, now.block, keep);
       for (int64_t tile = now.from; tile < now.to; ++tile) {
+        for (RowsAhead& rows : ahead) rows.fetch(rows_ahead, shape.D);
         shape.dropout.on ? exponentials<true>(now, tile, half, keep) : exponentials<false>(now, tile, half, keep);
       }
     }
@@ -360,6 +406,8 @@ inline void attention_forward_tiles(const AttentionShape& shape, HeadView<const 
     forward.pack_keys_and_values(head, blocks);
     forward.query = query;
     forward.pack_queries();
+    if (item + 1 < last) forward.look_ahead(item + 1);
+    forward.rows_ahead = 1 + 4 / (blocks.end - blocks.begin);
     forward.attend(blocks);
     forward.finish(out + ((head / shape.H * shape.T + query) * shape.H + head % shape.H) * shape.D,
                    lse + head * shape.T + query);
