@@ -4,7 +4,9 @@
 // need nothing across lanes, and two keys' probabilities, packed, are a row of P^T as the next product, O^T = V^T P^T,
 // takes it. Every operand is stored as tiles, 16 rows of 64 bytes one after another.
 //
-// A step is 32 queries against up to 64 keys. What it reads and writes but keys and values stays in the first-level cache.
+// A step is 32 queries against up to 64 keys: all that it reads and writes but keys and values stays in the first-level
+// cache. Products and exponentials take turns: tiles multiply on the port of one of the two vector units, and mixing both
+// more finely gains nothing.
 
 namespace pygpt::PYGPT_ISA {
 
@@ -14,11 +16,11 @@ constexpr int64_t kGroups = kBlock / kQueries, kKeyTiles = kBlock / kSide, kKeyS
 
 // --- products ------------------------------------------------------------------------------------------------------
 
-// Rows of two tiles each, c[0 .. rows][0, 1] = (or +=) a[0 .. rows][0] b[0][0, 1] (+ a[0 .. rows][1] b[1][0, 1]). Tiles 0
-// to 3 hold b for all rows, 4 and 5 a, 6 and 7 c: one row after the other, so that storing c overlaps with the products.
+// c = a b, or with ADD c += a b, in tiles: c is (rows x 2), a (rows x slices) and b (slices x 2), with one or TWO slices.
+// Tiles 0 to 3 hold b for all rows, 4 and 5 a row of a, 6 and 7 one of c: so storing c overlaps with the next products.
 struct TileProduct {
   const float* a;
-  int64_t a_row, a_slice;  // from one row, or from one slice of the sum, to the next
+  int64_t a_row, a_slice;  // from one row, or from one slice, to the next
   const float* b;
   float* c;
   int64_t rows;
@@ -94,37 +96,22 @@ struct TileStep {
   float scale[2];  // by what to multiply the scores of each half of the queries
 };
 
-// Rows that will be packed, fetched from memory some at a time.
-struct RowsAhead {
-  HeadView<const bf16> at = {};
-  int64_t rows = 0;
-
-  void set(HeadView<const bf16> x, int64_t batch, int64_t head, int64_t first, int64_t count) {
-    at = x;
-    at.data += batch * x.batch + head * x.head + first * x.time;
-    rows = count;
-  }
-  void fetch(int64_t count, int64_t D) {
-    for (count = smaller(count, rows), rows -= count; count > 0; --count, at.data += at.time) prefetch_row(at.data, D);
-  }
-};
-
-// The state of one thread: a head's keys and values, a block of queries, and the steps under way.
+// The state of one thread: a head's keys and values, a block of queries, and the step under way.
 struct TiledForward {
   const AttentionShape& shape;
   const HeadView<const bf16> q, k, v;
-  const int64_t depth, tiles;  // slices of a sum over D; rows of tiles of O^T
-  float *keys, *values;        // per block of keys (kKeyTiles x depth) tiles, (tiles x kKeySlices) tiles
-  float *queries, *output;     // per group (depth x 2) tiles, (tiles x 2) tiles
-  float *scores, *probabilities;  // of a step: (kKeyTiles x 2) tiles, (kKeySlices x 2) tiles
-  float *largest, *sums;       // (kBlock)
-  RowsAhead ahead[3];
-  int64_t rows_ahead;          // to fetch at a time
-  int64_t head = -1, query, packed_end = 0;  // query: the block's first one
+  const HeadView<bf16> out;
+  const int64_t depth, tiles;                // slices of a sum over D; rows of tiles of O^T
+  float *keys, *values;                      // per block of keys (kKeyTiles x depth) tiles, (tiles x kKeySlices) tiles
+  float *queries, *output;                   // per group (depth x 2) tiles, (tiles x 2) tiles
+  float *scores, *probabilities;             // of a step: (kKeyTiles x 2) tiles, (kKeySlices x 2) tiles
+  float *largest, *sums;                     // of the softmax, per query: (kBlock)
+  int64_t head = -1, query, packed_end = 0;  // the block's first query; the blocks of keys packed so far
 
   TiledForward(const AttentionShape& of, HeadView<const bf16> q, HeadView<const bf16> k, HeadView<const bf16> v,
-               float* space)
-      : shape(of), q(q), k(k), v(v), depth(of.width() / 32), tiles((of.D + kSide - 1) / kSide) {
+               bf16* to, float* space)
+      : shape(of), q(q), k(k), v(v), out{to, of.T * of.H * of.D, of.H * of.D, of.D}, depth(of.width() / 32),
+        tiles((of.D + kSide - 1) / kSide) {
     keys = space, space += shape.key_blocks() * kKeyTiles * depth * kTile;
     values = space, space += shape.key_blocks() * kKeySlices * tiles * kTile;
     queries = space, space += kGroups * depth * 2 * kTile;
@@ -135,9 +122,8 @@ struct TiledForward {
     sums = space;
   }
 
-  void look_ahead(int64_t item);
   void pack_keys_and_values(int64_t of_head, Range blocks);
-  void pack_queries();
+  void pack_queries(int64_t first);
   bool next_step(TileStep& step, Range blocks) const;
   void compute_scores(const TileStep& step);
   void add_to_output(const TileStep& step);
@@ -147,17 +133,8 @@ struct TiledForward {
   template <bool DROPOUT>
   void exponentials(const TileStep& step, int64_t tile, int half, const __mmask16* keep);
   void attend(Range blocks);
-  void finish(bf16* out, float* lse) const;
+  void finish(float* lse) const;
 };
-
-// Makes what is to be packed for an item the rows to fetch: its queries and its last block of keys.
-inline void TiledForward::look_ahead(int64_t item) {
-  const int64_t of_head = item / shape.query_blocks(), block = item % shape.query_blocks(), first = block * kBlock;
-  const int64_t b = of_head / shape.H, h = of_head % shape.H, key = (shape.end_key_block(block) - 1) * kBlock;
-  ahead[0].set(q, b, h, first, smaller(kBlock, shape.T - first));
-  ahead[1].set(k, b, h, key, smaller(kBlock, shape.S - key));
-  ahead[2].set(v, b, h, key, smaller(kBlock, shape.S - key));
-}
 
 // Elements d .. d + 32 of a row, zero beyond D. Absent rows are zero.
 PYGPT_INLINE __m512i load_slice(const bf16* row, int64_t d, int64_t D, bool present) {
@@ -207,7 +184,8 @@ inline void TiledForward::pack_keys_and_values(int64_t of_head, Range blocks) {
   }
 }
 
-inline void TiledForward::pack_queries() {
+inline void TiledForward::pack_queries(int64_t first) {
+  query = first;
   const int64_t rows = smaller(kBlock, shape.T - query);
   const bf16* row = q.data + head / shape.H * q.batch + head % shape.H * q.head + query * q.time;
   const vu sign = vu{} + (shape.scale < 0 ? 0x80008000u : 0);  // scales the scores by a factor that keeps their order
@@ -258,7 +236,7 @@ inline void TiledForward::add_to_output(const TileStep& step) {
                  !step.first, step.to - step.from > 2);
 }
 
-// Where some query does not see some key: scales the scores and hides those.
+// Where some query does not see some key: scales the scores, hides those that are not seen, and returns true.
 inline bool TiledForward::mask(const TileStep& step, int half, float* s) const {
   const int64_t first = query + step.group * kQueries + half * kSide, last = smaller(first + kSide, shape.T) - 1;
   const int64_t from = step.block * kBlock + step.from * kSide, to = step.block * kBlock + step.to * kSide;
@@ -296,10 +274,11 @@ inline vf TiledForward::raise_largest(TileStep& step, int half) {
   return factor;
 }
 
+PYGPT_INLINE bool all_one(vf x) { return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(1), _CMP_NEQ_UQ) == 0; }
+
+// Multiplies the output so far by a for the first half of the queries, by b for the second.
 inline void TiledForward::rescale(const TileStep& step, vf a, vf b) {
-  const __m512 one = _mm512_set1_ps(1);
-  if (step.first || (_mm512_cmp_ps_mask((__m512)a, one, _CMP_NEQ_UQ) | _mm512_cmp_ps_mask((__m512)b, one, _CMP_NEQ_UQ)) == 0)
-    return;
+  if (step.first || (all_one(a) && all_one(b))) return;
   float* o = output + step.group * tiles * 2 * kTile;
   for (int64_t d = 0; d < shape.D; d += kSide, o += 2 * kTile)
     for (int i = 0; i < kSide; ++i) {
@@ -365,7 +344,6 @@ inline void TiledForward::attend(Range blocks) {
       const int64_t first = query + now.group * kQueries + half * kSide;
       if (shape.dropout.on) dropout_keep_by_key(shape.dropout, head, first, now.block, keep);
       for (int64_t tile = now.from; tile < now.to; ++tile) {
-        for (RowsAhead& rows : ahead) rows.fetch(rows_ahead, shape.D);
         shape.dropout.on ? exponentials<true>(now, tile, half, keep) : exponentials<false>(now, tile, half, keep);
       }
     }
@@ -376,10 +354,12 @@ inline void TiledForward::attend(Range blocks) {
 }
 
 // Divides by the sums and writes out (B, T, H, D) and lse (B, H, T).
-inline void TiledForward::finish(bf16* out, float* lse) const {
-  const int64_t rows = smaller(kBlock, shape.T - query), D = shape.D, stride = shape.H * D;
+inline void TiledForward::finish(float* lse) const {
+  const int64_t rows = smaller(kBlock, shape.T - query), D = shape.D;
+  bf16* to = out.data + head / shape.H * out.batch + head % shape.H * out.head + query * out.time;
+  lse += head * shape.T + query;
   const float kept = shape.dropout.on ? shape.dropout.inverse_keep : 1.0f;
-  for (int64_t r = 0; r < rows; r += kSide, out += kSide * stride) {
+  for (int64_t r = 0; r < rows; r += kSide, to += kSide * out.time) {
     const float* o = output + (r / kQueries * tiles * 2 + r / kSide % 2) * kTile;
     const vf sum = load(sums + r), factor = kept / sum;
     for (int64_t d = 0; d < D; d += kSide, o += 2 * kTile) {
@@ -388,29 +368,34 @@ inline void TiledForward::finish(bf16* out, float* lse) const {
       for (int i = 0; i < kLanes; ++i) block[i] = load(o + i * kSide) * factor;
       transpose<kLanes / 2>(block);
       for (int64_t i = 0; i < smaller(kSide, rows - r); ++i)
-        D - d >= kSide ? store(out + i * stride + d, block[i]) : store(out + i * stride + d, block[i], D - d);
+        store_step(to + i * out.time + d, block[i], smaller(kSide, D - d));
     }
     store_step(lse + r, (load(largest + r) + vlog2(sum)) * kLn2, smaller(kSide, rows - r));
   }
 }
+
+// Results below the normal range are zero while this lives: a scalef that has one takes 200 cycles otherwise.
+struct FlushScope {
+  const unsigned before = _mm_getcsr();
+  FlushScope() { _mm_setcsr(before | _MM_FLUSH_ZERO_ON); }
+  ~FlushScope() { _mm_setcsr(before); }
+  FlushScope(const FlushScope&) = delete;
+};
 
 // Work items first .. last, an item being (batch, head, block of queries) in this order, ascending.
 inline void attention_forward_tiles(const AttentionShape& shape, HeadView<const bf16> q, HeadView<const bf16> k,
                                     HeadView<const bf16> v, bf16* out, float* lse, float* workspace, int64_t first,
                                     int64_t last) {
   const TileScope tiles;
-  TiledForward forward(shape, q, k, v, workspace);
+  const FlushScope flush;
+  TiledForward forward(shape, q, k, v, out, workspace);
   for (int64_t item = first; item < last; ++item) {
-    const int64_t head = item / shape.query_blocks(), block = item % shape.query_blocks(), query = block * kBlock;
+    const int64_t head = item / shape.query_blocks(), block = item % shape.query_blocks();
     const Range blocks = {shape.first_key_block(head, block), shape.end_key_block(block)};
     forward.pack_keys_and_values(head, blocks);
-    forward.query = query;
-    forward.pack_queries();
-    if (item + 1 < last) forward.look_ahead(item + 1);
-    forward.rows_ahead = 1 + 4 / (blocks.end - blocks.begin);
+    forward.pack_queries(block * kBlock);
     forward.attend(blocks);
-    forward.finish(out + ((head / shape.H * shape.T + query) * shape.H + head % shape.H) * shape.D,
-                   lse + head * shape.T + query);
+    forward.finish(lse);
   }
 }
 

@@ -101,7 +101,8 @@ static void softmax_rows(const AttentionShape& shape, float* scores, int rows, i
     vi keep[kBlock / kLanes];
     if (shape.dropout.on) dropout_keep(shape.dropout, head, query + r, key / kBlock, keep);
     float* sum = running.sum + r * kLanes;
-    store(sum, probabilities<T>(scores + r * kBlock, columns, after[r], load(sum) * factor[r], shape.dropout.on ? keep + key % kBlock / kLanes : nullptr));
+    store(sum, probabilities<T>(scores + r * kBlock, columns, after[r], load(sum) * factor[r],
+                                shape.dropout.on ? keep + key % kBlock / kLanes : nullptr));
   }
 }
 
@@ -210,9 +211,8 @@ void attention_forward(const AttentionShape& shape, HeadView<const T> q, HeadVie
           prefetch_rows(k, shape.H, D, next_head, next_key, shape.S);
           prefetch_rows(v, shape.H, D, next_head, next_key, shape.S);
         }
-        product<P, false, Into::scale>(queries + r * (width / P), width / P,
-                                       packed.keys + key_block * panel + from, kBlock, scores, kBlock, units, seen,
-                                       &scale);
+        product<P, false, Into::scale>(queries + r * (width / P), width / P, packed.keys + key_block * panel + from, kBlock,
+                                       scores, kBlock, units, seen, &scale);
         attend<T>(shape, packed, {r, key_block, from, seen, scores}, running, o, head, q0);
       }
     finish_rows(shape, o, running, rows, out + ((b * shape.T + q0) * shape.H + h) * D, lse + head * shape.T + q0);
