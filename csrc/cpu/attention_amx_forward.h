@@ -256,14 +256,14 @@ inline bool TiledForward::mask(const TileStep& step, int half, float* s) const {
 inline vf TiledForward::raise_largest(TileStep& step, int half) {
   float* s = scores + (step.from * 2 + half) * kTile;
   if (mask(step, half, s)) step.scale[half] = 1;
-  vf top[8];
-  for (vf& t : top) t = splat(-std::numeric_limits<float>::infinity());
+  vf top[8];  // maxima that do not wait for each other
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) top[i] = splat(-std::numeric_limits<float>::infinity());
   for (int64_t tile = step.from; tile < step.to; ++tile, s += 2 * kTile)
 #pragma GCC unroll 16
-    for (int j = 0; j < kSide; ++j) top[j % 8] = vmax(load(s + j * kSide), top[j % 8]);
-#pragma GCC unroll 4
-  for (int n = 4; n > 0; n /= 2)
-    for (int j = 0; j < n; ++j) top[j] = vmax(top[j], top[j + n]);
+    for (int i = 0; i < kSide; ++i) top[i % 8] = vmax(load(s + i * kSide), top[i % 8]);
+#pragma GCC unroll 8
+  for (int i = 7; i > 0; --i) top[i / 2] = vmax(top[i / 2], top[i]);
   float* at = largest + step.group * kQueries + half * kSide;
   const vf before = load(at);
   const vf after = vmax(top[0] * step.scale[half], before);
