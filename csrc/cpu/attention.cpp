@@ -116,7 +116,7 @@ template <class T>
 auto forward_kernel() {
 #ifdef PYGPT_AMX_LEVEL
   if constexpr (std::is_same_v<T, bf16>)
-    if (capability() >= Capability::amx) return amx::attention_forward<T>;
+    if (capability() >= Capability::amx) return amx::attention_forward_tiles;
 #endif
   return PYGPT_DISPATCH_PRODUCTS(attention_forward<T>);
 }

@@ -38,18 +38,12 @@ PYGPT_INLINE vf visible(vf x, int64_t j, Seen seen, vf otherwise) {
   return (lane >= static_cast<int32_t>(seen.begin)) & (lane < static_cast<int32_t>(seen.end)) ? x : otherwise;
 }
 
-// Hides the keys that are not seen, and returns the largest score, at least `largest`. Tiles leave q.k as it is: then
-// scores are this times `scale`, and where some are hidden all are scaled in place, and `scale` becomes 1.
-template <class T>
-PYGPT_INLINE float mask_scores(float* scores, int64_t columns, Seen seen, float largest, float& scale) {
+// Hides the keys that are not seen, and returns the largest score, at least `largest`.
+PYGPT_INLINE float mask_scores(float* scores, int64_t columns, Seen seen, float largest) {
   vf top = splat(largest);
-  const float factor = scale;
-  const bool all = seen.all(0, columns);
-  if (!all) scale = 1;
   for (int64_t j = 0; j < columns; j += kLanes) {
     vf x = load(scores + j);
-    if constexpr (kTiles<T>) x *= factor;
-    if (!all && (kTiles<T> || !seen.all(j, j + kLanes))) {
+    if (!seen.all(j, j + kLanes)) {
       x = visible(x, j, seen, splat(-std::numeric_limits<float>::infinity()));
       store(scores + j, x);
     }
@@ -58,22 +52,17 @@ PYGPT_INLINE float mask_scores(float* scores, int64_t columns, Seen seen, float 
   return reduce_max(top);
 }
 
-template <class T>
-PYGPT_INLINE vf probability(vf score, float scale, vf top) {
-  return softmax_exp2<T>(kTiles<T> ? score * scale - top : score - top);
-}
-
 // Replaces the scores by probabilities (units of kPair<T>), unnormalised, and adds them to the running sum. Dropped
 // ones count in the sum and become zero. With pairs, the sum is that of the rounded probabilities which multiply V.
 template <class T>
-PYGPT_INLINE vf probabilities(float* scores, int64_t columns, float scale, float largest, vf sum, const vi* keep) {
+PYGPT_INLINE vf probabilities(float* scores, int64_t columns, float largest, vf sum, const vi* keep) {
   const vf top = splat(largest), zero = {};
 #ifdef PYGPT_AVX512_BF16
   if constexpr (kPair<T> == 2) {
     const vf ones = (vf)_mm512_set1_epi32(0x3f803f80);
     for (int64_t j = 0; j < columns; j += 2 * kLanes) {
-      const vf a = probability<T>(load(scores + j), scale, top);
-      const vf b = j + kLanes < columns ? probability<T>(load(scores + j + kLanes), scale, top) : zero;
+      const vf a = softmax_exp2<T>(load(scores + j) - top);
+      const vf b = j + kLanes < columns ? softmax_exp2<T>(load(scores + j + kLanes) - top) : zero;
       vf both = pair_along(a, b);
       sum = (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)both, (__m512bh)ones);
       if (keep) {  // of an odd number of vectors the last pair has but one mask
@@ -86,7 +75,7 @@ PYGPT_INLINE vf probabilities(float* scores, int64_t columns, float scale, float
   }
 #endif
   for (int64_t j = 0; j < columns; j += kLanes) {
-    const vf x = probability<T>(load(scores + j), scale, top);
+    const vf x = softmax_exp2<T>(load(scores + j) - top);
     sum += x;
     store(scores + j, keep ? (keep[j / kLanes] ? x : zero) : x);
   }
@@ -98,12 +87,11 @@ PYGPT_INLINE vf probabilities(float* scores, int64_t columns, float scale, float
 template <class T>
 static void softmax_rows(const AttentionShape& shape, float* scores, int rows, int64_t columns, Running running,
                          float* factor, int64_t head, int64_t query, int64_t key) {
-  float before[kLanes] = {}, after[kLanes] = {}, scales[kLanes];
+  float before[kLanes] = {}, after[kLanes] = {};
   for (int r = 0; r < rows; ++r) {
     before[r] = running.largest[r];
     const Seen seen = seen_from(shape, head, query + r, key);
-    scales[r] = shape.scale * kLog2E;
-    const float top = mask_scores<T>(scores + r * kBlock, columns, seen, before[r], scales[r]);
+    const float top = mask_scores(scores + r * kBlock, columns, seen, before[r]);
     running.largest[r] = top;
     // Where no key was seen so far, or scores overflowed, there must be no -inf - -inf.
     after[r] = top == -std::numeric_limits<float>::infinity() ? 0.0f : top;
@@ -113,7 +101,7 @@ static void softmax_rows(const AttentionShape& shape, float* scores, int rows, i
     vi keep[kBlock / kLanes];
     if (shape.dropout.on) dropout_keep(shape.dropout, head, query + r, key / kBlock, keep);
     float* sum = running.sum + r * kLanes;
-    store(sum, probabilities<T>(scores + r * kBlock, columns, scales[r], after[r], load(sum) * factor[r],
+    store(sum, probabilities<T>(scores + r * kBlock, columns, after[r], load(sum) * factor[r],
                                 shape.dropout.on ? keep + key % kBlock / kLanes : nullptr));
   }
 }
@@ -192,15 +180,13 @@ void attention_forward(const AttentionShape& shape, HeadView<const T> q, HeadVie
   constexpr int P = kPair<T>;
   const int64_t D = shape.D, width = shape.width(), units = (D + P - 1) / P, panel = kBlock * width / P;
   const float scale = shape.scale * kLog2E;
-  constexpr Into INTO = kTiles<T> ? Into::assign : Into::scale;
-  [[maybe_unused]] const TileScope tiles;
   PackedHead<T> packed;
   packed.keys = workspace;
   packed.values = packed.keys + shape.key_blocks() * panel;
   float* queries = packed.values + shape.key_blocks() * panel;
   float* o = queries + panel;
-  float *scores = o + kBlock * width, *other_scores = scores + kRows * kBlock;
-  const Running running = {other_scores + kRows * kBlock, other_scores + kRows * kBlock + kBlock};
+  float* scores = o + kBlock * width;
+  const Running running = {scores + kRows * kBlock, scores + kRows * kBlock + kBlock};
   for (int64_t item = first; item < last; ++item) {
     const int64_t head = item / shape.query_blocks(), block = item % shape.query_blocks();
     const int64_t b = head / shape.H, h = head % shape.H, q0 = block * kBlock, rows = smaller(kBlock, shape.T - q0);
@@ -211,15 +197,11 @@ void attention_forward(const AttentionShape& shape, HeadView<const T> q, HeadVie
     std::memset(o, 0, round_up(rows, kRows) * width * sizeof(float));
     std::memset(running.sum, 0, kBlock * kLanes * sizeof(float));
     for (int64_t r = 0; r < kBlock; ++r) running.largest[r] = -std::numeric_limits<float>::infinity();
-
-    // With tiles, a group waits until the scores of the next are under way: so the tiles multiply while the vector
-    // units are at the softmax.
-    Group waiting = {};
     for (int64_t key_block = key_blocks.begin; key_block < key_blocks.end; ++key_block)
       for (int64_t r = 0; r < rows; r += kRows) {
         // Keys of this block that the group sees: its first query begins first, its last query ends last.
         const int64_t k0 = key_block * kBlock, first_key = larger(0, shape.first_key(head, q0 + r) - k0);
-        const int64_t from = first_key / kSumStep<T> * kSumStep<T>;
+        const int64_t from = first_key / kLanes * kLanes;
         const int64_t seen = smaller(kBlock, shape.end_key(q0 + smaller(r + kRows, rows) - 1) - k0) - from;
         if (seen <= 0) continue;
         if (key_block == key_blocks.begin && item + 1 < last) {
@@ -229,21 +211,16 @@ void attention_forward(const AttentionShape& shape, HeadView<const T> q, HeadVie
           prefetch_rows(k, shape.H, D, next_head, next_key, shape.S);
           prefetch_rows(v, shape.H, D, next_head, next_key, shape.S);
         }
-        const Group group = {r, key_block, from, seen, scores};
-        product<P, false, INTO>(queries + r * (width / P), width / P, packed.keys + key_block * panel + from, kBlock,
-                                scores, kBlock, units, seen, &scale);
-        if constexpr (kTiles<T>) {
-          if (waiting.seen) attend<T>(shape, packed, waiting, running, o, head, q0);
-          waiting = group;
-          scores = other_scores;
-          other_scores = group.scores;
-        } else {
-          attend<T>(shape, packed, group, running, o, head, q0);
-        }
+        product<P, false, Into::scale>(queries + r * (width / P), width / P, packed.keys + key_block * panel + from, kBlock,
+                                       scores, kBlock, units, seen, &scale);
+        attend<T>(shape, packed, {r, key_block, from, seen, scores}, running, o, head, q0);
       }
-    if (kTiles<T> && waiting.seen) attend<T>(shape, packed, waiting, running, o, head, q0);
     finish_rows(shape, o, running, rows, out + ((b * shape.T + q0) * shape.H + h) * D, lse + head * shape.T + q0);
   }
 }
 
 }  // namespace pygpt::PYGPT_ISA
+
+#ifdef PYGPT_AMX
+#include "cpu/attention_amx_forward.h"
+#endif
