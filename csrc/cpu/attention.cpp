@@ -185,7 +185,7 @@ template <class T>
 void backward(const AttentionShape& shape, const BackwardInputs<T>& in, const BackwardOutputs<T>& out,
               const Tensor& like) {
   const int64_t heads = shape.B * shape.H, q_blocks = shape.query_blocks(), k_blocks = shape.key_blocks();
-  const int64_t size = shape.backward_workspace();
+  const int64_t size = std::max(shape.backward_workspace(), shape.tiles_backward_workspace());
   const int64_t threads = threads_for(10.0 * shape.H * shape.pairs * shape.D);
   const auto kernel = backward_kernel<T>();
   const bool by_head = 5 * ((heads + threads - 1) / threads) * threads <= 7 * heads;

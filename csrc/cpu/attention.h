@@ -75,6 +75,12 @@ struct AttentionShape {
     return (3 * query_blocks() + 5) * kAttentionBlock * width() + 2 * query_blocks() * kAttentionBlock +
            (64 + 3 * kAttentionBlock) * kAttentionBlock;
   }
+  // The same of backward by tiles: see attention_amx_backward.h.
+  int64_t tiles_backward_workspace() const {
+    const int64_t steps = (T + 31) / 32, n = width() / 32, operand = 512, result = 1024, most = 8;
+    return (steps * n * 4 + 3 * most * n + 2 * most + most * most) * operand +
+           (steps * n + 2 * most * n + 2) * result + 4 * steps * 32 + most * 64;
+  }
   int64_t decode_workspace() const { return T * (width() + 2); }
 };
 

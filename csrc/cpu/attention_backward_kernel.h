@@ -9,6 +9,10 @@
 
 #include "cpu/attention_decode_kernel.h"
 
+#ifdef PYGPT_AMX
+#include "cpu/attention_amx_backward.h"
+#else
+
 namespace pygpt::PYGPT_ISA {
 
 // Where the parts of the workspace lie. rows: first operands (T x width / kPair); summed: second operands, but with
@@ -333,3 +337,5 @@ void attention_backward(const AttentionShape& shape, const BackwardInputs<T>& in
 }
 
 }  // namespace pygpt::PYGPT_ISA
+
+#endif  // PYGPT_AMX
