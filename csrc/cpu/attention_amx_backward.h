@@ -15,24 +15,26 @@
 namespace pygpt::PYGPT_ISA {
 
 constexpr int64_t kStep = 32;
-// Queries and keys that are taken together: the deeper sums over them are, the less often a result is loaded and stored.
-// Operands of that many queries stay in the second-level cache, P^T and dS^T of 32 keys in the first.
-constexpr int64_t kQueries = 256, kKeys = 256;
-constexpr int64_t kTile = 256;                    // floats of a tile's memory
-constexpr int64_t kOperand = 2 * kTile, kResult = 4 * kTile;
+// Queries and keys that are taken together, all in the second-level cache: the deeper sums over them are, the less often
+// a result is loaded and stored.
+constexpr int64_t kQueries = kTileQueries, kKeys = kTileKeys;
+// Floats of a tile, of a block of an operand, of a block of a result.
+constexpr int64_t kTile = 256, kOperand = 2 * kTile, kResult = 4 * kTile;
 
-// Where the parts of the workspace lie; all sizes are in blocks. n: the head dimension in steps.
+// Where the parts of the workspace lie. n: the head dimension in steps; a block is of an operand unless it is a result.
 struct TileBuffers {
-  // Of the head, per step of queries: second operands Q^T and dO^T (n), and Q and dO (n); the gradient (n results).
+  // Of the head. Per step of queries, n blocks of each: second operands Q^T and dO^T, second operands Q and dO, the result
+  // dQ^T.
   float *query_across, *grad_across, *query, *grad, *grad_q;
-  // Of kKeys keys, per step: first operands K and V (n); K^T, per step of the head dimension (kKeys / 32); gradients.
-  float *key, *value, *key_across, *grad_k, *grad_v;
-  float *scores, *grad_p;        // results
-  float *p, *ds;                 // of 32 keys, first operands: per step of queries
-  float* ds_across;              // second operands: per step of queries those of kKeys keys
+  // Of kKeys keys. Per step, n blocks of each: first operands K and V, the results dK and dV. First operand K^T: per step
+  // of the head dimension the blocks of all keys.
+  float *key, *value, *grad_k, *grad_v, *key_across;
+  float *scores, *grad_p;        // results S^T and dP^T, one block
+  float *p, *ds;                 // of 32 keys and kQueries queries, first operands P^T and dS^T: a block per step of queries
+  float* ds_across;              // second operand dS^T: per step of queries the blocks of all keys
   float *lse2, *minus_delta;     // per query
-  int32_t *first_key, *end_key;  // per query: the keys that it sees
-  uint16_t* keep;                // dropout: per 64 keys and 16 queries
+  int32_t *first_key, *end_key;  // per query: which keys it sees; queries after the last see none
+  uint16_t* keep;                // dropout: per 64 keys and 16 queries a bit for each query, (kQueries / 16 x 64)
 };
 
 static TileBuffers lay_out_tiles(const AttentionShape& shape, float* at) {
@@ -46,9 +48,9 @@ static TileBuffers lay_out_tiles(const AttentionShape& shape, float* at) {
   w.grad_q = at, at += steps * n * kResult;
   w.key = at, at += keys * n * kOperand;
   w.value = at, at += keys * n * kOperand;
-  w.key_across = at, at += keys * n * kOperand;
   w.grad_k = at, at += keys * n * kResult;
   w.grad_v = at, at += keys * n * kResult;
+  w.key_across = at, at += keys * n * kOperand;
   w.scores = at, at += kResult;
   w.grad_p = at, at += kResult;
   w.p = at, at += queries * kOperand;
@@ -136,37 +138,65 @@ PYGPT_INLINE void store_result(float* c) {
   tile_store<7>(c + 3 * kTile, 64);
 }
 
+// One step of a product of 32 x 32: tiles 0 and 1 hold a, 2 and 3 b, 4 to 7 the sum, which comes from c in the FIRST step
+// and goes there in the LAST. Each tile is loaded and stored beside its own product: four stores in a row, which all wait,
+// would fill the window in which the processor looks for other work.
+template <bool FIRST, bool LAST>
+PYGPT_INLINE void product_step(const float* a, const float* b, float* c) {
+  tile_load<0>(a, 64);
+  tile_load<2>(b, 64);
+  if constexpr (FIRST) tile_load<4>(c, 64);
+  tile_dot_bf16<4, 0, 2>();
+  if constexpr (LAST) tile_store<4>(c, 64);
+  tile_load<3>(b + kTile, 64);
+  if constexpr (FIRST) tile_load<5>(c + kTile, 64);
+  tile_dot_bf16<5, 0, 3>();
+  if constexpr (LAST) tile_store<5>(c + kTile, 64);
+  tile_load<1>(a + kTile, 64);
+  if constexpr (FIRST) tile_load<6>(c + 2 * kTile, 64);
+  tile_dot_bf16<6, 1, 2>();
+  if constexpr (LAST) tile_store<6>(c + 2 * kTile, 64);
+  if constexpr (FIRST) tile_load<7>(c + 3 * kTile, 64);
+  tile_dot_bf16<7, 1, 3>();
+  if constexpr (LAST) tile_store<7>(c + 3 * kTile, 64);
+}
+
+// c (32 x 32) += the product of a (32 x 32 steps) and b (32 steps x 32), whose blocks lie a_step and b_step floats apart.
 static void add_product(const float* a, int64_t a_step, const float* b, int64_t b_step, int64_t steps, float* c) {
-  tile_load<4>(c, 64);
-  tile_load<5>(c + kTile, 64);
-  tile_load<6>(c + 2 * kTile, 64);
-  tile_load<7>(c + 3 * kTile, 64);
-  add_steps(a, a_step, b, b_step, steps);
-  store_result(c);
+  if (steps == 1) return product_step<true, true>(a, b, c);
+  product_step<true, false>(a, b, c);
+  for (a += a_step, b += b_step; steps > 2; --steps, a += a_step, b += b_step) product_step<false, false>(a, b, c);
+  product_step<false, true>(a, b, c);
+}
+
+// c = the product of a (32 x 32 n) and b (32 n x 32) plus what tiles 4 to 7 hold.
+PYGPT_INLINE void finish_score(const float* a, const float* b, int64_t n, float* c) {
+  for (; n > 1; --n, a += kOperand, b += kOperand) product_step<false, false>(a, b, c);
+  product_step<false, true>(a, b, c);
 }
 
 // S^T of 32 keys and 32 queries, and dP^T, less delta unless there is dropout.
 template <bool DROPOUT>
 static void score(const TileBuffers& w, const float* key, const float* value, int64_t step, int64_t n) {
+  const int64_t operand = step * n * kOperand;
   tile_zero<4>(), tile_zero<5>(), tile_zero<6>(), tile_zero<7>();
-  add_steps(key, kOperand, w.query_across + step * n * kOperand, kOperand, n);
-  store_result(w.scores);
-  const float* delta = w.minus_delta + step * kStep;
+  finish_score(key, w.query_across + operand, n, w.scores);
   if constexpr (DROPOUT) {
     tile_zero<4>(), tile_zero<5>(), tile_zero<6>(), tile_zero<7>();
   } else {  // the same row sixteen times
+    const float* delta = w.minus_delta + step * kStep;
     tile_load<4>(delta, 0);
     tile_load<5>(delta + kLanes, 0);
     tile_load<6>(delta, 0);
     tile_load<7>(delta + kLanes, 0);
   }
-  add_steps(value, kOperand, w.grad_across + step * n * kOperand, kOperand, n);
-  store_result(w.grad_p);
+  finish_score(value, w.grad_across + operand, n, w.grad_p);
 }
 
 // --- softmax -------------------------------------------------------------------------------------------------------
 
-// 2^x as vexp2: the polynomial is one for fractions in 0 .. 1, because scalef takes the floor of its exponent by itself.
+// 2^x as vexp2<4>, 3e-6, one instruction shorter: scalef takes the floor of its exponent by itself, so that the polynomial
+// is one for fractions in 0 .. 1.
 PYGPT_INLINE vf tile_exp2(vf x) {
   const vf f = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
   const vf p = (((splat(1.353417e-2f) * f + 5.201146e-2f) * f + 0.24144276f) * f + 0.69300383f) * f + 1.00000259f;
@@ -186,7 +216,10 @@ template <bool DROPOUT, bool MASKED>
 PYGPT_INLINE void softmax_backward_lanes(const AttentionShape& shape, vf& score, vf& grad_p, vf lse2, vf minus_delta,
                                          __mmask16 seen, __mmask16 keep) {
   vf p = tile_exp2(score * (shape.scale * kLog2E) - lse2), dp = grad_p;
-  if constexpr (DROPOUT) dp = (vf)_mm512_maskz_mul_ps(keep, (__m512)dp, _mm512_set1_ps(shape.dropout.inverse_keep)) + minus_delta;
+  if constexpr (DROPOUT) {
+    const __m512 inverse_keep = _mm512_set1_ps(shape.dropout.inverse_keep);
+    dp = (vf)_mm512_maskz_mul_ps(keep, (__m512)dp, inverse_keep) + minus_delta;
+  }
   vf ds = p * dp;
   if constexpr (MASKED) {
     ds = (vf)_mm512_maskz_mov_ps(seen, (__m512)ds);  // not p = 0 alone: 0 * NaN of a key that the query does not see
@@ -204,7 +237,8 @@ static void softmax_backward(const AttentionShape& shape, const TileBuffers& w, 
   const int64_t query = step * kStep;
   const vf lse2[2] = {load(w.lse2 + query), load(w.lse2 + query + kLanes)};
   vf minus_delta[2] = {};
-  if constexpr (DROPOUT) minus_delta[0] = load(w.minus_delta + query), minus_delta[1] = load(w.minus_delta + query + kLanes);
+  if constexpr (DROPOUT)
+    for (int v = 0; v < 2; ++v) minus_delta[v] = load(w.minus_delta + query + v * kLanes);
   __m512i first[2] = {}, end[2] = {};
   if constexpr (MASKED)
     for (int v = 0; v < 2; ++v) {
@@ -222,8 +256,9 @@ static void softmax_backward(const AttentionShape& shape, const TileBuffers& w, 
         vf s = load(w.scores + at), d = load(w.grad_p + at);
         __mmask16 seen = 0, kept = 0;
         if constexpr (MASKED) {
-          const __m512i number = _mm512_set1_epi32(static_cast<int32_t>(key) + r + i);
-          seen = _mm512_mask_cmp_epi32_mask(_mm512_cmp_epi32_mask(number, first[v], _MM_CMPINT_NLT), number, end[v], _MM_CMPINT_LT);
+          const __m512i at_key = _mm512_set1_epi32(static_cast<int32_t>(key) + r + i);
+          const __mmask16 begun = _mm512_cmp_epi32_mask(at_key, first[v], _MM_CMPINT_NLT);
+          seen = _mm512_mask_cmp_epi32_mask(begun, at_key, end[v], _MM_CMPINT_LT);
         }
         if constexpr (DROPOUT) kept = keep[v * 64 + r + i];
         softmax_backward_lanes<DROPOUT, MASKED>(shape, s, d, lse2[v], minus_delta[v], seen, kept);
@@ -251,8 +286,9 @@ static void fill_keep(const AttentionShape& shape, int64_t head, int64_t step, i
       const vu query = (vu)lane_numbers() + static_cast<uint32_t>(step * kStep + v * kLanes);
       philox(zero + static_cast<uint32_t>(key / 64 * 16 + j), query, zero + static_cast<uint32_t>(head), zero,
              shape.dropout.key[0], shape.dropout.key[1], words);
+      const __m512i threshold = _mm512_set1_epi32(static_cast<int32_t>(shape.dropout.threshold));
       for (int64_t i = 0; i < 4; ++i)
-        to[i * 16 + j] = _mm512_cmp_epu32_mask((__m512i)words[i], _mm512_set1_epi32(shape.dropout.threshold), _MM_CMPINT_NLT);
+        to[i * 16 + j] = _mm512_cmp_epu32_mask((__m512i)words[i], threshold, _MM_CMPINT_NLT);
     }
 }
 
@@ -285,7 +321,8 @@ static void pack_queries_for_tiles(const AttentionShape& shape, const BackwardIn
 }
 
 // The steps of queries, of those in `within`, that see any of `count` keys from `key` on.
-static Range steps_that_see(const AttentionShape& shape, const TileBuffers& w, int64_t key, int64_t count, Range within) {
+static Range steps_that_see(const AttentionShape& shape, const TileBuffers& w, int64_t key, int64_t count,
+                            Range within) {
   const int64_t first = larger(0, key - (shape.S - shape.T)) / kStep;
   int64_t end = within.end;
   if (shape.document_start)
@@ -293,7 +330,8 @@ static Range steps_that_see(const AttentionShape& shape, const TileBuffers& w, i
   return {larger(first, within.begin), end};
 }
 
-// P^T and dS^T of 32 keys from `key` on, the row-th of those packed, for some steps of queries.
+// P^T and dS^T of 32 keys from `key` on, the row-th of those packed, for some steps of queries, of which `block` is the
+// first in the buffers.
 template <bool DROPOUT, bool KEYS, bool QUERIES>
 static void backward_row(const AttentionShape& shape, const TileBuffers& w, int64_t key, int64_t row, Range steps,
                          int64_t block) {
@@ -301,14 +339,15 @@ static void backward_row(const AttentionShape& shape, const TileBuffers& w, int6
   for (int64_t step = steps.begin; step < steps.end; ++step) {
     const int64_t last = smaller(shape.T, (step + 1) * kStep) - 1, at = step - block;
     score<DROPOUT>(w, w.key + row * n * kOperand, w.value + row * n * kOperand, step, n);
-    const bool whole = key + kStep <= w.end_key[step * kStep] && w.first_key[last] <= key && (step + 1) * kStep <= shape.T;
+    const bool all_seen = key + kStep <= w.end_key[step * kStep] && w.first_key[last] <= key;
+    const bool whole = all_seen && (step + 1) * kStep <= shape.T;
     (whole ? softmax_backward<DROPOUT, false, KEYS, QUERIES> : softmax_backward<DROPOUT, true, KEYS, QUERIES>)(
         shape, w, step, key, w.p + at * kOperand, w.ds + at * kOperand,
         w.ds_across + (at * (kKeys / kStep) + row) * kOperand);
   }
 }
 
-// Rows of a gradient, from its blocks (one every `step` floats), or ACROSS: transposed ones.
+// Up to 32 rows of a gradient times `factor`, from its blocks, which are transposed if ACROSS.
 template <bool ACROSS>
 static void store_result_rows(const float* from, int64_t rows, int64_t D, float factor, bf16* to, int64_t stride) {
   for (int64_t d = 0; d < D; d += kLanes)
@@ -325,71 +364,85 @@ static void store_result_rows(const float* from, int64_t rows, int64_t D, float 
     }
 }
 
+// Packs keys and values from k0 on.
+template <bool QUERIES>
+static void pack_keys_for_tiles(const AttentionShape& shape, const BackwardInputs<bf16>& in, const TileBuffers& w,
+                                int64_t head, int64_t k0, int64_t key_steps) {
+  const int64_t b = head / shape.H, h = head % shape.H, D = shape.D, n = shape.width() / kStep;
+  for (int64_t j = 0; j < key_steps; ++j) {
+    const int64_t key = k0 + j * kStep, rows = smaller(kStep, shape.S - key), to = j * n * kOperand;
+    const bf16* k = in.k.data + b * in.k.batch + h * in.k.head + key * in.k.time;
+    const bf16* v = in.v.data + b * in.v.batch + h * in.v.head + key * in.v.time;
+    pack_first(k, in.k.time, rows, D, n, w.key + to);
+    pack_first(v, in.v.time, rows, D, n, w.value + to);
+    if (QUERIES) pack_first_across(k, in.k.time, rows, D, n, w.key_across + j * kOperand, kKeys / kStep * kOperand);
+  }
+}
+
+// Adds to dQ what the keys from k0 on contribute, for some steps of queries; see backward_row for `block`.
+static void add_query_gradients(const AttentionShape& shape, const TileBuffers& w, int64_t k0, int64_t key_steps,
+                                Range steps, int64_t block) {
+  const int64_t n = shape.width() / kStep;
+  for (int64_t step = steps.begin; step < steps.end; ++step) {
+    const int64_t last = smaller(shape.T, (step + 1) * kStep) - 1;
+    const int64_t from = larger(0, w.first_key[step * kStep] - k0) / kStep;
+    const int64_t end = smaller(key_steps, (w.end_key[last] - k0 + kStep - 1) / kStep);
+    const float* ds = w.ds_across + ((step - block) * (kKeys / kStep) + from) * kOperand;
+    for (int64_t i = 0; from < end && i < n; ++i)
+      add_product(w.key_across + (i * (kKeys / kStep) + from) * kOperand, kOperand, ds, kOperand, end - from,
+                  w.grad_q + (step * n + i) * kResult);
+  }
+}
+
+// dK and dV of `keys`, if KEYS, from the queries of `steps`; dQ of those, if QUERIES, from these keys.
 template <bool DROPOUT, bool KEYS, bool QUERIES>
 static void backward_head(const AttentionShape& shape, const BackwardInputs<bf16>& in, const BackwardOutputs<bf16>& out,
                           const TileBuffers& w, int64_t head, Range keys, Range steps) {
   const int64_t b = head / shape.H, h = head % shape.H, D = shape.D, n = shape.width() / kStep, row = shape.H * D;
-  if (QUERIES) std::memset(w.grad_q + steps.begin * n * kResult, 0, (steps.end - steps.begin) * n * kResult * sizeof(float));
+  constexpr int64_t most = kQueries / kStep;
+  std::memset(w.grad_q + steps.begin * n * kResult, 0, (steps.end - steps.begin) * n * kResult * sizeof(float));
   for (int64_t k0 = keys.begin; k0 < keys.end; k0 += kKeys) {
     const int64_t count = smaller(kKeys, keys.end - k0), key_steps = (count + kStep - 1) / kStep;
-    for (int64_t j = 0; j < key_steps; ++j) {
-      const int64_t key = k0 + j * kStep, rows = smaller(kStep, shape.S - key);
-      const bf16* k = in.k.data + b * in.k.batch + h * in.k.head + key * in.k.time;
-      pack_first(k, in.k.time, rows, D, n, w.key + j * n * kOperand);
-      if (QUERIES) pack_first_across(k, in.k.time, rows, D, n, w.key_across + j * kOperand, kKeys / kStep * kOperand);
-      pack_first(in.v.data + b * in.v.batch + h * in.v.head + key * in.v.time, in.v.time, rows, D, n,
-                 w.value + j * n * kOperand);
-    }
-    if (KEYS) {
-      std::memset(w.grad_k, 0, key_steps * n * kResult * sizeof(float));
-      std::memset(w.grad_v, 0, key_steps * n * kResult * sizeof(float));
-    }
+    pack_keys_for_tiles<QUERIES>(shape, in, w, head, k0, key_steps);
+    std::memset(w.grad_k, 0, key_steps * n * kResult * sizeof(float));
+    std::memset(w.grad_v, 0, key_steps * n * kResult * sizeof(float));
     const Range seeing = steps_that_see(shape, w, k0, count, steps);
-    constexpr int64_t most = kQueries / kStep;
     for (int64_t block = seeing.begin / most * most; block < seeing.end; block += most) {
       const Range within = {larger(block, seeing.begin), smaller(block + most, seeing.end)};
       for (int64_t j = 0; j < key_steps; ++j) {
         const int64_t key = k0 + j * kStep;
-        const Range some = steps_that_see(shape, w, key, kStep, within);
-        if (DROPOUT && key % 64 == 0)
-          for (int64_t step = some.begin; step < steps_that_see(shape, w, key, 64, within).end; ++step)
+        if (DROPOUT && key % 64 == 0) {
+          const Range some = steps_that_see(shape, w, key, 64, within);
+          for (int64_t step = some.begin; step < some.end; ++step)
             fill_keep(shape, head, step, key, w.keep + (step - block) * 128);
+        }
+        const Range some = steps_that_see(shape, w, key, kStep, within);
         if (some.begin >= some.end) continue;
         backward_row<DROPOUT, KEYS, QUERIES>(shape, w, key, j, some, block);
-        if (KEYS)
-          for (int64_t i = 0; i < n; ++i) {
-            const int64_t to = (j * n + i) * kResult, at = (some.begin - block) * kOperand, operand = (some.begin * n + i) * kOperand;
-            add_product(w.p + at, kOperand, w.grad + operand, n * kOperand, some.end - some.begin, w.grad_v + to);
-            add_product(w.ds + at, kOperand, w.query + operand, n * kOperand, some.end - some.begin, w.grad_k + to);
-          }
-      }
-      if (QUERIES)
-        for (int64_t step = within.begin; step < within.end; ++step) {
-          const int64_t last = smaller(shape.T, (step + 1) * kStep) - 1;
-          const int64_t from = larger(0, w.first_key[step * kStep] - k0) / kStep;
-          const int64_t end = smaller(key_steps, (w.end_key[last] - k0 + kStep - 1) / kStep);
-          if (from >= end) continue;
-          const float* ds = w.ds_across + ((step - block) * (kKeys / kStep) + from) * kOperand;
-          for (int64_t i = 0; i < n; ++i)
-            add_product(w.key_across + (i * (kKeys / kStep) + from) * kOperand, kOperand, ds, kOperand, end - from,
-                        w.grad_q + (step * n + i) * kResult);
+        for (int64_t i = 0; KEYS && i < n; ++i) {
+          const int64_t at = (some.begin - block) * kOperand, queries = (some.begin * n + i) * kOperand;
+          const int64_t depth = some.end - some.begin, to = (j * n + i) * kResult;
+          add_product(w.p + at, kOperand, w.grad + queries, n * kOperand, depth, w.grad_v + to);
+          add_product(w.ds + at, kOperand, w.query + queries, n * kOperand, depth, w.grad_k + to);
         }
-    }
-    if (KEYS)
-      for (int64_t j = 0; j < key_steps; ++j) {
-        const int64_t key = k0 + j * kStep, rows = smaller(kStep, shape.S - key), at = ((b * shape.S + key) * shape.H + h) * D;
-        const float keep = shape.dropout.on ? shape.dropout.inverse_keep : 1.0f;
-        store_result_rows<false>(w.grad_k + j * n * kResult, rows, D, shape.scale, out.k + at, row);
-        store_result_rows<false>(w.grad_v + j * n * kResult, rows, D, keep, out.v + at, row);
       }
+      if (QUERIES) add_query_gradients(shape, w, k0, key_steps, within, block);
+    }
+    for (int64_t j = 0; KEYS && j < key_steps; ++j) {
+      const int64_t key = k0 + j * kStep, rows = smaller(kStep, shape.S - key), from = j * n * kResult;
+      const int64_t to = ((b * shape.S + key) * shape.H + h) * D;
+      const float keep = shape.dropout.on ? shape.dropout.inverse_keep : 1.0f;
+      store_result_rows<false>(w.grad_k + from, rows, D, shape.scale, out.k + to, row);
+      store_result_rows<false>(w.grad_v + from, rows, D, keep, out.v + to, row);
+    }
   }
-  if (QUERIES)
-    for (int64_t step = steps.begin; step < steps.end; ++step)
-      store_result_rows<true>(w.grad_q + step * n * kResult, smaller(kStep, shape.T - step * kStep), D, shape.scale,
-                              out.q + ((b * shape.T + step * kStep) * shape.H + h) * D, row);
+  for (int64_t step = steps.begin; QUERIES && step < steps.end; ++step) {
+    const int64_t rows = smaller(kStep, shape.T - step * kStep), to = ((b * shape.T + step * kStep) * shape.H + h) * D;
+    store_result_rows<true>(w.grad_q + step * n * kResult, rows, D, shape.scale, out.q + to, row);
+  }
 }
 
-// As attention_backward of the other instruction sets.
+// As attention_backward of the other instruction sets, for bfloat16.
 template <class T>
 void attention_backward(const AttentionShape& shape, const BackwardInputs<T>& in, const BackwardOutputs<T>& out,
                         float* workspace, int64_t head, Range key_blocks, Range query_blocks) {
@@ -399,18 +452,19 @@ void attention_backward(const AttentionShape& shape, const BackwardInputs<T>& in
   const Range keys = {key_blocks.begin * kBlock, smaller(shape.S, key_blocks.end * kBlock)};
   const Range seeing = {larger(query_blocks.begin, shape.first_query_block(key_blocks.begin)),
                         smaller(query_blocks.end, shape.end_query_block(head, key_blocks.end - 1))};
-  const int64_t steps = (shape.T + kStep - 1) / kStep;
-  pack_queries_for_tiles(shape, in, w, head, {seeing.begin * per_block, smaller(steps, seeing.end * per_block)});
-  // dQ of all of query_blocks is written.
-  const Range query_steps = out.q ? Range{query_blocks.begin * per_block, smaller(steps, query_blocks.end * per_block)}
-                                  : Range{seeing.begin * per_block, smaller(steps, seeing.end * per_block)};
-  const auto run = shape.dropout.on ? (!out.q   ? backward_head<true, true, false>
-                                       : !out.k ? backward_head<true, false, true>
-                                                : backward_head<true, true, true>)
-                                    : (!out.q   ? backward_head<false, true, false>
-                                       : !out.k ? backward_head<false, false, true>
-                                                : backward_head<false, true, true>);
-  run(shape, in, out, w, head, keys, query_steps);
+  const int64_t all_steps = (shape.T + kStep - 1) / kStep;
+  const Range seeing_steps = {seeing.begin * per_block, smaller(all_steps, seeing.end * per_block)};
+  pack_queries_for_tiles(shape, in, w, head, seeing_steps);
+  const Range query_steps = {query_blocks.begin * per_block, smaller(all_steps, query_blocks.end * per_block)};
+  if (!out.q)
+    (shape.dropout.on ? backward_head<true, true, false> : backward_head<false, true, false>)(shape, in, out, w, head,
+                                                                                             keys, seeing_steps);
+  else if (!out.k)
+    (shape.dropout.on ? backward_head<true, false, true> : backward_head<false, false, true>)(shape, in, out, w, head,
+                                                                                             keys, query_steps);
+  else
+    (shape.dropout.on ? backward_head<true, true, true> : backward_head<false, true, true>)(shape, in, out, w, head, keys,
+                                                                                           query_steps);
 }
 
 }  // namespace pygpt::PYGPT_ISA
