@@ -130,6 +130,12 @@ auto backward_kernel() {
   return PYGPT_DISPATCH_PRODUCTS(attention_backward<T>);
 }
 
+template <class T>
+int64_t backward_workspace(const AttentionShape& shape) {
+  if (std::is_same_v<T, bf16> && capability() >= Capability::amx) return shape.tiles_backward_workspace();
+  return shape.backward_workspace();
+}
+
 Tensor workspace(const Tensor& like, int64_t floats) { return new_empty(like, {floats}, ScalarType::Float); }
 
 template <class T>
@@ -185,7 +191,7 @@ template <class T>
 void backward(const AttentionShape& shape, const BackwardInputs<T>& in, const BackwardOutputs<T>& out,
               const Tensor& like) {
   const int64_t heads = shape.B * shape.H, q_blocks = shape.query_blocks(), k_blocks = shape.key_blocks();
-  const int64_t size = shape.backward_workspace();
+  const int64_t size = backward_workspace<T>(shape);
   const int64_t threads = threads_for(10.0 * shape.H * shape.pairs * shape.D);
   const auto kernel = backward_kernel<T>();
   const bool by_head = 5 * ((heads + threads - 1) / threads) * threads <= 7 * heads;

@@ -12,6 +12,8 @@ constexpr int64_t kAttentionBlock = 64;
 constexpr int64_t kDecodeQueries = 4;
 // Keys of one work item of that path.
 constexpr int64_t kDecodeKeys = 256;
+// Queries and keys that backward by AMX tiles takes together.
+constexpr int64_t kTileQueries = 256, kTileKeys = 256;
 
 // A (batch, time, head, D) tensor of unit stride in D; strides in elements.
 template <class T>
@@ -74,6 +76,12 @@ struct AttentionShape {
   int64_t backward_workspace() const {
     return (3 * query_blocks() + 5) * kAttentionBlock * width() + 2 * query_blocks() * kAttentionBlock +
            (64 + 3 * kAttentionBlock) * kAttentionBlock;
+  }
+  // The same of backward by AMX tiles, whose blocks of 32 x 32 are of 512 floats as operands and 1,024 as results.
+  int64_t tiles_backward_workspace() const {
+    const int64_t steps = (T + 31) / 32, n = width() / 32, keys = kTileKeys / 32, queries = kTileQueries / 32;
+    return (4 * steps * n + 3 * keys * n + 2 * queries + queries * keys) * 512 + (steps * n + 2 * keys * n + 2) * 1024 +
+           4 * 32 * steps + 64 * queries;
   }
   int64_t decode_workspace() const { return T * (width() + 2); }
 };

@@ -9,15 +9,17 @@
 
 #include "cpu/attention_decode_kernel.h"
 
+#ifdef PYGPT_AMX  // it has a kernel of its own
+#include "cpu/attention_amx_backward.h"
+#else
+
 namespace pygpt::PYGPT_ISA {
 
-// Where the parts of the workspace lie. rows: first operands (T x width / kPair); summed: second operands, but with
-// tiles of the queries' side first operands (per block: width x kBlock / 2). Tiles cannot read a first operand by
-// columns, as P^T dO would have to: there the gradients of k and v are computed transposed, dO^T P, (width x kBlock).
+// Where the parts of the workspace lie. rows: first operands (T x width / kPair); summed: second operands.
 struct BackwardBuffers {
   float *query_rows, *grad_rows, *query_summed, *grad_summed, *grad_q, *lse2, *delta;   // of the head
   float *key_panel, *value_panel, *key_summed, *grad_k, *grad_v;                        // of a block of keys
-  float *scores, *grad_p;                    // (kRows x kBlock), twice
+  float *scores, *grad_p;                    // (kRows x kBlock)
   float *p_across, *ds_across, *ds_rows;     // of a tile: P and dS by pairs of queries, dS by pairs of keys
 };
 
@@ -39,8 +41,8 @@ static BackwardBuffers lay_out(const AttentionShape& shape, float* at) {
   w.key_summed = at, at += block;
   w.grad_k = at, at += block;
   w.grad_v = at, at += block;
-  w.scores = at, at += 32 * kBlock;
-  w.grad_p = at, at += 32 * kBlock;
+  w.scores = at, at += kRows * kBlock;
+  w.grad_p = at, at += kRows * kBlock;
   w.p_across = at, at += kBlock * kBlock;
   w.ds_across = at, at += kBlock * kBlock;
   w.ds_rows = w.ds_across;
@@ -49,22 +51,6 @@ static BackwardBuffers lay_out(const AttentionShape& shape, float* at) {
   w.lse2 = at, at += shape.query_blocks() * kBlock;
   w.delta = at;
   return w;
-}
-
-// Rows as the first operand of a product that sums over them, for tiles: (width x kBlock / 2 units), absent rows zero.
-template <class T>
-static void pack_columns(const T* from, int64_t stride, int64_t rows, int64_t D, int64_t width, float* to) {
-  for (int64_t d = 0; d < width; d += kLanes)
-    for (int64_t u = 0; u < kBlock / 2; u += kLanes) {
-      vf block[kLanes] = {};
-      for (int i = 0; i < kLanes && 2 * (u + i) < rows; ++i) {
-        const T* even = from + 2 * (u + i) * stride + d;
-        block[i] = load_pair_of_rows(even, 2 * (u + i) + 1 < rows ? even + stride : nullptr, D - d);
-      }
-      transpose<kLanes / 2>(block);
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) store(to + (d + i) * (kBlock / 2) + u, block[i]);
-    }
 }
 
 // Packs the queries' side of a head for some blocks of queries; rows beyond the last query are zero.
@@ -82,13 +68,7 @@ static void pack_queries(const AttentionShape& shape, const BackwardInputs<T>& i
   pack_rows(grad, in.grad.time, rows, D, width, w.grad_rows + first * units);
   std::memset(w.query_rows + last * units, 0, (end - last) * units * sizeof(float));
   std::memset(w.grad_rows + last * units, 0, (end - last) * units * sizeof(float));
-  if constexpr (kTiles<T>) {
-    for (int64_t t = first; t < last; t += kBlock) {
-      const int64_t count = smaller(kBlock, last - t), to = t / P * width;
-      pack_columns(q + (t - first) * in.q.time, in.q.time, count, D, width, w.query_summed + to);
-      pack_columns(grad + (t - first) * in.grad.time, in.grad.time, count, D, width, w.grad_summed + to);
-    }
-  } else if (P == 2) {
+  if (P == 2) {
     pack_summed_rows(q, in.q.time, rows, D, width, w.query_summed + first / P * width);
     pack_summed_rows(grad, in.grad.time, rows, D, width, w.grad_summed + first / P * width);
   }
@@ -156,7 +136,7 @@ PYGPT_INLINE void store_group(const BackwardBuffers& w, const float* scores, con
 // The first column of a block of keys that a sum for a group of queries begins with: before it nobody sees any.
 template <class T, bool DOCUMENTS>
 PYGPT_INLINE int64_t first_column(const AttentionShape& shape, int64_t head, int64_t query, int64_t k0) {
-  return DOCUMENTS ? larger(0, shape.first_key(head, query) - k0) / kSumStep<T> * kSumStep<T> : 0;
+  return DOCUMENTS ? larger(0, shape.first_key(head, query) - k0) / kLanes * kLanes : 0;
 }
 
 // Adds to the gradients of a block's keys and values what the queries q0 .. q0 + rows contribute; count as below.
@@ -165,45 +145,16 @@ PYGPT_INLINE void add_key_gradients(const AttentionShape& shape, const BackwardB
                                     int64_t k0, int64_t rows, int64_t keys, int64_t count) {
   constexpr int P = kPair<T>;
   const int64_t D = shape.D, width = shape.width();
-  // Keys at a time. With tiles: all that a product can take, unless some of the queries see but a part of them.
-  const int64_t group = !kTiles<T> ? kRows : count >= keys ? kBlock : kSumStep<T>;
-  constexpr int64_t step = kTiles<T> ? kSumStep<T> : kRows;  // of the queries
-  for (int64_t j = 0, end = DOCUMENTS ? 0 : rows; j < keys; j += group) {
-    const int64_t from = larger(0, j + 1 - count) / step * step;  // the first queries that see these keys
-    while (DOCUMENTS && end < rows && shape.first_key(head, q0 + end) < k0 + j + group) ++end;
+  for (int64_t j = 0, end = DOCUMENTS ? 0 : rows; j < keys; j += kRows) {
+    const int64_t from = larger(0, j + 1 - count) / kRows * kRows;  // the first queries that see these keys
+    while (DOCUMENTS && end < rows && shape.first_key(head, q0 + end) < k0 + j + kRows) ++end;
     if (from >= end) continue;
     const int64_t n = (end - from + P - 1) / P, at = from / P * kBlock + j;
-    if constexpr (kTiles<T>) {
-      for (int64_t d = 0; d < D; d += kRows) {
-        const int64_t operand = (q0 * width + d * kBlock + from) / P, to = d * kBlock + j;
-        const int64_t columns = smaller(group, keys - j);
-        product<P, false, Into::add>(w.grad_summed + operand, kBlock / P, w.p_across + at, kBlock, w.grad_v + to,
-                                     kBlock, n, columns);
-        product<P, false, Into::add>(w.query_summed + operand, kBlock / P, w.ds_across + at, kBlock, w.grad_k + to,
-                                     kBlock, n, columns);
-      }
-    } else {
-      const int64_t operand = (q0 + from) / P * width;
-      product<P, true, Into::add>(w.p_across + at, kBlock, w.grad_summed + operand, width, w.grad_v + j * width, width,
-                                  n, D);
-      product<P, true, Into::add>(w.ds_across + at, kBlock, w.query_summed + operand, width, w.grad_k + j * width,
-                                  width, n, D);
-    }
+    const int64_t operand = (q0 + from) / P * width;
+    product<P, true, Into::add>(w.p_across + at, kBlock, w.grad_summed + operand, width, w.grad_v + j * width, width, n, D);
+    product<P, true, Into::add>(w.ds_across + at, kBlock, w.query_summed + operand, width, w.grad_k + j * width, width, n,
+                                D);
   }
-}
-
-// P and dS of queries from .. to of a tile that take no part in it, for sums in whole steps of queries.
-template <class T>
-PYGPT_INLINE void clear_queries(const BackwardBuffers& w, int64_t from, int64_t to) {
-  const int64_t at = from / kPair<T> * kBlock, size = (to - from) / kPair<T> * kBlock * sizeof(float);
-  std::memset(w.p_across + at, 0, size);
-  std::memset(w.ds_across + at, 0, size);
-}
-
-// Where the scratch rows of a group begin: with tiles, two groups have some at a time.
-template <class T>
-PYGPT_INLINE int64_t scratch_of(int64_t row) {
-  return kTiles<T> ? row % (2 * kRows) * kBlock : 0;
 }
 
 // The columns of a block of keys up to the last that a group sees, whose first query sees `count` of them.
@@ -222,38 +173,22 @@ static void backward_tile(const AttentionShape& shape, const BackwardBuffers& w,
   const int64_t count = shape.end_key(q0) - k0;           // keys of this block that query q0 sees, but for its document
   const int64_t first = count > 0 ? 0 : 1 - count;        // the first query that sees any
   if (first >= rows) return;
-  // With tiles, a group waits until the products of the next are under way: see attention_forward.
-  constexpr int64_t lag = kTiles<T> ? kRows : 0;
-  const int64_t start = first / kRows * kRows;
-  for (int64_t next = start; next < rows + lag; next += kRows) {
-    if (next < rows) {
-      const int64_t from = first_column<T, DOCUMENTS>(shape, head, q0 + next, k0);
-      const int64_t columns = seen_columns(keys, count + next) - from, at = scratch_of<T>(next) + from;
-      product<P, false, Into::assign>(w.query_rows + (q0 + next) * stride, stride, w.key_panel + from, kBlock,
-                                      w.scores + at, kBlock, units, columns);
-      product<P, false, Into::assign>(w.grad_rows + (q0 + next) * stride, stride, w.value_panel + from, kBlock,
-                                      w.grad_p + at, kBlock, units, columns);
-    }
-    const int64_t r = next - lag;
-    if (r < start) continue;
+  for (int64_t r = first / kRows * kRows; r < rows; r += kRows) {
     const int64_t from = first_column<T, DOCUMENTS>(shape, head, q0 + r, k0), columns = seen_columns(keys, count + r);
-    float *scores = w.scores + scratch_of<T>(r), *grad_p = w.grad_p + scratch_of<T>(r);
+    product<P, false, Into::assign>(w.query_rows + (q0 + r) * stride, stride, w.key_panel + from, kBlock, w.scores + from,
+                                    kBlock, units, columns - from);
+    product<P, false, Into::assign>(w.grad_rows + (q0 + r) * stride, stride, w.value_panel + from, kBlock, w.grad_p + from,
+                                    kBlock, units, columns - from);
     for (int i = 0; i < kRows; ++i) {
       vi keep[kBlock / kLanes];
       if (shape.dropout.on) dropout_keep(shape.dropout, head, q0 + r + i, k0 / kBlock, keep);
       const Seen seen{DOCUMENTS ? shape.first_key(head, q0 + r + i) - k0 : 0, count + r + i};
-      softmax_backward_row<T>(shape, scores + i * kBlock, grad_p + i * kBlock, from, columns, seen, w.lse2[q0 + r + i],
+      softmax_backward_row<T>(shape, w.scores + i * kBlock, w.grad_p + i * kBlock, from, columns, seen, w.lse2[q0 + r + i],
                               w.delta[q0 + r + i], shape.dropout.on ? keep : nullptr);
     }
-    store_group<P>(w, scores, grad_p, r);
+    store_group<P>(w, w.scores, w.grad_p, r);
   }
-  if (want_keys) {
-    if constexpr (kTiles<T>) {
-      clear_queries<T>(w, first / kSumStep<T> * kSumStep<T>, first / kRows * kRows);
-      clear_queries<T>(w, round_up(rows, kRows), round_up(rows, kSumStep<T>));
-    }
-    add_key_gradients<T, DOCUMENTS>(shape, w, head, q0, k0, rows, keys, count);
-  }
+  if (want_keys) add_key_gradients<T, DOCUMENTS>(shape, w, head, q0, k0, rows, keys, count);
   if (want_queries)
     for (int64_t r = first / kRows * kRows; r < rows; r += kRows) {
       const int64_t from = first_column<T, DOCUMENTS>(shape, head, q0 + r, k0);
@@ -270,25 +205,6 @@ static void store_gradient(const float* from, int64_t rows, int64_t D, int64_t w
     PYGPT_FOR_LANES(D, store_step(to + i, load(from + i) * factor, n);)
 }
 
-// The same for a gradient of a block of keys, which with tiles is transposed. `scratch`: kBlock x width.
-template <class T>
-static void store_key_gradient(const float* from, float* scratch, int64_t rows, int64_t D, int64_t width, float factor,
-                               T* to, int64_t stride) {
-  if constexpr (kTiles<T>) {
-    for (int64_t d = 0; d < width; d += kLanes)
-      for (int64_t r = 0; r < kBlock; r += kLanes) {
-        vf block[kLanes];
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) block[i] = load(from + (d + i) * kBlock + r);
-        transpose<kLanes / 2>(block);
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) store(scratch + (r + i) * width + d, block[i]);
-      }
-    from = scratch;
-  }
-  store_gradient(from, rows, D, width, factor, to, stride);
-}
-
 // Gradients of one head: of k and v for the blocks of keys in `key_blocks` if out.k is given, and of q for the blocks
 // of queries in `query_blocks` if out.q is. Together they share the tiles; then both ranges must be whole.
 template <class T>
@@ -296,7 +212,6 @@ void attention_backward(const AttentionShape& shape, const BackwardInputs<T>& in
                         float* workspace, int64_t head, Range key_blocks, Range query_blocks) {
   const BackwardBuffers w = lay_out<T>(shape, workspace);
   const int64_t b = head / shape.H, h = head % shape.H, D = shape.D, width = shape.width(), row = shape.H * D;
-  [[maybe_unused]] const TileScope tiles;
   const auto tile = shape.document_start ? backward_tile<T, true> : backward_tile<T, false>;
   pack_queries(shape, in, w, head,
                {larger(query_blocks.begin, shape.first_query_block(key_blocks.begin)),
@@ -321,8 +236,8 @@ void attention_backward(const AttentionShape& shape, const BackwardInputs<T>& in
     if (out.k) {
       const int64_t at = ((b * shape.S + k0) * shape.H + h) * D;
       const float keep = shape.dropout.on ? shape.dropout.inverse_keep : 1.0f;
-      store_key_gradient(w.grad_k, w.key_panel, keys, D, width, shape.scale, out.k + at, row);
-      store_key_gradient(w.grad_v, w.key_panel, keys, D, width, keep, out.v + at, row);
+      store_gradient(w.grad_k, keys, D, width, shape.scale, out.k + at, row);
+      store_gradient(w.grad_v, keys, D, width, keep, out.v + at, row);
     }
   }
   if (out.q) {
@@ -333,3 +248,5 @@ void attention_backward(const AttentionShape& shape, const BackwardInputs<T>& in
 }
 
 }  // namespace pygpt::PYGPT_ISA
+
+#endif  // PYGPT_AMX
