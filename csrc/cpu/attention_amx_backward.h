@@ -17,30 +17,30 @@ namespace pygpt::PYGPT_ISA {
 constexpr int64_t kStep = 32;
 // Queries and keys that are taken together, all in the second-level cache: the deeper sums over them are, the less often
 // a result is loaded and stored.
-constexpr int64_t kQueries = kTileQueries, kKeys = kTileKeys;
-// Floats of a tile, of a block of an operand, of a block of a result.
-constexpr int64_t kTile = 256, kOperand = 2 * kTile, kResult = 4 * kTile;
+constexpr int64_t kBlockQueries = kTileQueries, kBlockKeys = kTileKeys;
+// Floats of a block of an operand, of a block of a result.
+constexpr int64_t kOperand = 2 * kTile, kResult = 4 * kTile;
 
 // Where the parts of the workspace lie. n: the head dimension in steps; a block is of an operand unless it is a result.
 struct TileBuffers {
   // Of the head. Per step of queries, n blocks of each: second operands Q^T and dO^T, second operands Q and dO, the result
   // dQ^T.
   float *query_across, *grad_across, *query, *grad, *grad_q;
-  // Of kKeys keys. Per step, n blocks of each: first operands K and V, the results dK and dV. First operand K^T: per step
+  // Of kBlockKeys keys. Per step, n blocks of each: first operands K and V, the results dK and dV. First operand K^T: per step
   // of the head dimension the blocks of all keys.
   float *key, *value, *grad_k, *grad_v, *key_across;
   float *scores, *grad_p;        // results S^T and dP^T, one block
-  float *p, *ds;                 // of 32 keys and kQueries queries, first operands P^T and dS^T: a block per step of queries
+  float *p, *ds;                 // of 32 keys and all queries, first operands P^T and dS^T: a block per step of queries
   float* ds_across;              // second operand dS^T: per step of queries the blocks of all keys
   float *lse2, *minus_delta;     // per query
   int32_t *first_key, *end_key;  // per query: which keys it sees; queries after the last see none
-  uint16_t* keep;                // dropout: per 64 keys and 16 queries a bit for each query, (kQueries / 16 x 64)
+  uint16_t* keep;                // dropout: per 64 keys and 16 queries a bit for each query, (kBlockQueries / 16 x 64)
 };
 
 static TileBuffers lay_out_tiles(const AttentionShape& shape, float* at) {
   TileBuffers w;
-  const int64_t n = shape.width() / kStep, steps = (shape.T + kStep - 1) / kStep, keys = kKeys / kStep;
-  const int64_t queries = kQueries / kStep;
+  const int64_t n = shape.width() / kStep, steps = (shape.T + kStep - 1) / kStep, keys = kBlockKeys / kStep;
+  const int64_t queries = kBlockQueries / kStep;
   w.query_across = at, at += steps * n * kOperand;
   w.grad_across = at, at += steps * n * kOperand;
   w.query = at, at += steps * n * kOperand;
@@ -245,7 +245,7 @@ static void softmax_backward(const AttentionShape& shape, const TileBuffers& w, 
       std::memcpy(first + v, w.first_key + query + v * kLanes, 64);
       std::memcpy(end + v, w.end_key + query + v * kLanes, 64);
     }
-  const uint16_t* keep = w.keep + (step % (kQueries / kStep)) * 128 + key % 64;
+  const uint16_t* keep = w.keep + (step % (kBlockQueries / kStep)) * 128 + key % 64;
   for (int r = 0; r < kStep; r += 2, across += kLanes) {
     vu p[2][2], ds[2][2];
 #pragma GCC unroll 2
@@ -343,7 +343,7 @@ static void backward_row(const AttentionShape& shape, const TileBuffers& w, int6
     const bool whole = all_seen && (step + 1) * kStep <= shape.T;
     (whole ? softmax_backward<DROPOUT, false, KEYS, QUERIES> : softmax_backward<DROPOUT, true, KEYS, QUERIES>)(
         shape, w, step, key, w.p + at * kOperand, w.ds + at * kOperand,
-        w.ds_across + (at * (kKeys / kStep) + row) * kOperand);
+        w.ds_across + (at * (kBlockKeys / kStep) + row) * kOperand);
   }
 }
 
@@ -375,7 +375,7 @@ static void pack_keys_for_tiles(const AttentionShape& shape, const BackwardInput
     const bf16* v = in.v.data + b * in.v.batch + h * in.v.head + key * in.v.time;
     pack_first(k, in.k.time, rows, D, n, w.key + to);
     pack_first(v, in.v.time, rows, D, n, w.value + to);
-    if (QUERIES) pack_first_across(k, in.k.time, rows, D, n, w.key_across + j * kOperand, kKeys / kStep * kOperand);
+    if (QUERIES) pack_first_across(k, in.k.time, rows, D, n, w.key_across + j * kOperand, kBlockKeys / kStep * kOperand);
   }
 }
 
@@ -387,9 +387,9 @@ static void add_query_gradients(const AttentionShape& shape, const TileBuffers& 
     const int64_t last = smaller(shape.T, (step + 1) * kStep) - 1;
     const int64_t from = larger(0, w.first_key[step * kStep] - k0) / kStep;
     const int64_t end = smaller(key_steps, (w.end_key[last] - k0 + kStep - 1) / kStep);
-    const float* ds = w.ds_across + ((step - block) * (kKeys / kStep) + from) * kOperand;
+    const float* ds = w.ds_across + ((step - block) * (kBlockKeys / kStep) + from) * kOperand;
     for (int64_t i = 0; from < end && i < n; ++i)
-      add_product(w.key_across + (i * (kKeys / kStep) + from) * kOperand, kOperand, ds, kOperand, end - from,
+      add_product(w.key_across + (i * (kBlockKeys / kStep) + from) * kOperand, kOperand, ds, kOperand, end - from,
                   w.grad_q + (step * n + i) * kResult);
   }
 }
@@ -399,10 +399,10 @@ template <bool DROPOUT, bool KEYS, bool QUERIES>
 static void backward_head(const AttentionShape& shape, const BackwardInputs<bf16>& in, const BackwardOutputs<bf16>& out,
                           const TileBuffers& w, int64_t head, Range keys, Range steps) {
   const int64_t b = head / shape.H, h = head % shape.H, D = shape.D, n = shape.width() / kStep, row = shape.H * D;
-  constexpr int64_t most = kQueries / kStep;
+  constexpr int64_t most = kBlockQueries / kStep;
   std::memset(w.grad_q + steps.begin * n * kResult, 0, (steps.end - steps.begin) * n * kResult * sizeof(float));
-  for (int64_t k0 = keys.begin; k0 < keys.end; k0 += kKeys) {
-    const int64_t count = smaller(kKeys, keys.end - k0), key_steps = (count + kStep - 1) / kStep;
+  for (int64_t k0 = keys.begin; k0 < keys.end; k0 += kBlockKeys) {
+    const int64_t count = smaller(kBlockKeys, keys.end - k0), key_steps = (count + kStep - 1) / kStep;
     pack_keys_for_tiles<QUERIES>(shape, in, w, head, k0, key_steps);
     std::memset(w.grad_k, 0, key_steps * n * kResult * sizeof(float));
     std::memset(w.grad_v, 0, key_steps * n * kResult * sizeof(float));

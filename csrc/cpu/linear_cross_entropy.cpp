@@ -50,7 +50,8 @@ double chunk(const Head& head, const Tensor& like, const int64_t* targets, int64
   std::vector<float> statistics((2 * blocks + 2) * T);
   float* log_sum = statistics.data() + (2 * blocks + 1) * T;
   MatmulOut out{T, V, Finish::statistics};
-  out.targets = targets, out.largest = statistics.data(), out.sum = out.largest + blocks * T, out.of_target = out.sum + blocks * T;
+  out.targets = targets, out.largest = statistics.data();
+  out.sum = out.largest + blocks * T, out.of_target = out.sum + blocks * T;
   multiply(hidden, {head.weight, {1, C}}, C, out, like);
   const double loss = log_sums(out, blocks, log_sum);
   if (!head.grad_hidden && !head.grad_weight) return loss;
@@ -68,7 +69,8 @@ double chunk(const Head& head, const Tensor& like, const int64_t* targets, int64
     multiply(hidden, {weight, {1, C}}, C, logits, like);
     if (head.grad_hidden) {
       const MatmulOut to{T, C, Finish::round, head.grad_hidden, C};
-      multiply({gradient, {1, stride}}, {weight, {C, 1}}, here, to, like, sums.mutable_data_ptr<float>(), v == 0, v + here == V);
+      multiply({gradient, {1, stride}}, {weight, {C, 1}}, here, to, like, sums.mutable_data_ptr<float>(), v == 0,
+               v + here == V);
     }
     if (head.grad_weight) {
       MatmulOut to{here, C, Finish::round, head.grad_weight + v * C, C};
