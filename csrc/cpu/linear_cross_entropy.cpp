@@ -18,8 +18,8 @@ constexpr int64_t kGradientElements = 12 << 20;        // of the vocabulary's co
 constexpr int64_t kColumns = 512, kMaxColumns = 4096;  // of which those are a multiple, and the most
 constexpr float kLog2E = 1.44269504088896341f;
 
-// Of some tokens: log2 of the softmax's denominator, and the sum of the losses.
-double log_sums(const MatmulOut& of, int64_t blocks, float* log_sum) {
+// Of some tokens: log2 of the softmax's denominator, the gradient at the target, and the sum of the losses.
+double log_sums(const MatmulOut& of, int64_t blocks, float factor, float* log_sum, float* at_target) {
   double total = 0;
   for (int64_t row = 0; row < of.rows; ++row) {
     float top = of.largest[row];
@@ -29,9 +29,11 @@ double log_sums(const MatmulOut& of, int64_t blocks, float* log_sum) {
       const int64_t at = b * of.rows + row;
       sum += of.sum[at] * std::exp2(double(of.largest[at]) - top);
     }
-    const double log = top + std::log2(sum);
-    log_sum[row] = of.targets[row] < 0 ? std::numeric_limits<float>::infinity() : static_cast<float>(log);
-    if (of.targets[row] >= 0) total += (log - of.of_target[row]) / kLog2E;
+    const double log = top + std::log2(sum), loss = (log - of.of_target[row]) / kLog2E;
+    const bool counts = of.targets[row] >= 0;
+    log_sum[row] = counts ? static_cast<float>(log) : std::numeric_limits<float>::infinity();
+    at_target[row] = static_cast<float>(std::expm1(-loss) * factor);
+    if (counts) total += loss;
   }
   return total;
 }
@@ -47,13 +49,13 @@ struct Head {
 double chunk(const Head& head, const Tensor& like, const int64_t* targets, int64_t T, bool add) {
   const int64_t V = head.V, C = head.C, blocks = (V + statistics_block(C) - 1) / statistics_block(C);
   const MatmulOperand hidden{head.hidden, {1, C}};
-  std::vector<float> statistics((2 * blocks + 2) * T);
-  float* log_sum = statistics.data() + (2 * blocks + 1) * T;
+  std::vector<float> statistics((2 * blocks + 3) * T);
+  float *log_sum = statistics.data() + (2 * blocks + 1) * T, *at_target = log_sum + T;
   MatmulOut out{T, V, Finish::statistics};
   out.targets = targets, out.largest = statistics.data();
   out.sum = out.largest + blocks * T, out.of_target = out.sum + blocks * T;
   multiply(hidden, {head.weight, {1, C}}, C, out, like);
-  const double loss = log_sums(out, blocks, log_sum);
+  const double loss = log_sums(out, blocks, head.factor, log_sum, at_target);
   if (!head.grad_hidden && !head.grad_weight) return loss;
 
   const int64_t columns = std::clamp(kGradientElements / T / kColumns * kColumns, kColumns, kMaxColumns);
@@ -65,7 +67,8 @@ double chunk(const Head& head, const Tensor& like, const int64_t* targets, int64
     const int64_t here = std::min(columns, V - v);
     const bf16* weight = head.weight + v * C;
     MatmulOut logits{T, here, Finish::gradient, gradient, stride};
-    logits.first_column = v, logits.targets = targets, logits.log_sum = log_sum, logits.factor = head.factor;
+    logits.first_column = v, logits.targets = targets, logits.log_sum = log_sum;
+    logits.at_target = at_target, logits.factor = head.factor;
     multiply(hidden, {weight, {1, C}}, C, logits, like);
     if (head.grad_hidden) {
       const MatmulOut to{T, C, Finish::round, head.grad_hidden, C};

@@ -45,6 +45,7 @@ struct MatmulOut {
   float *largest = nullptr, *sum = nullptr;       // (blocks, rows): the largest logit, sum of 2^(logit - largest)
   float* of_target = nullptr;                     // (rows,)
   const float* log_sum = nullptr;                 // (rows,); infinite where the gradient is to be zero
+  const float* at_target = nullptr;               // (rows,) the gradient there, where 1 - softmax may be tiny
   float factor = 1;                               // of the gradient
 };
 

@@ -159,7 +159,8 @@ static void finish_gradient(const float* sums, const MatmulOut& out, int64_t row
     vf p[2];
     for (int half = 0; half < 2; ++half) p[half] = vexp2<4>(load(from + 256 * half) * kLog2E - log_sum) * out.factor;
     const uint64_t at = out.targets[row + r] - out.first_column - column;
-    if (at < static_cast<uint64_t>(columns)) p[at / 16] -= lane_numbers() == (int32_t)(at % 16) ? splat(out.factor) : vf{};
+    if (at < static_cast<uint64_t>(columns))
+      p[at / 16] = lane_numbers() == (int32_t)(at % 16) ? splat(out.at_target[row + r]) : p[at / 16];
     _mm512_mask_storeu_epi16(to, mask, (__m512i)_mm512_cvtne2ps_pbh((__m512)p[1], (__m512)p[0]));
   }
 }

@@ -1,0 +1,145 @@
+"""Products of bfloat16 by AMX tiles, and the head with its loss that is made of them, against float64.
+
+tests/test_linear.py and tests/test_cross_entropy.py cover the level through the public ops like every other; here are the
+sizes at which its panels, blocks and parts end. On a processor without AMX `make test-amx` runs both on an emulation.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from common import assert_close, double, leaf
+
+from pygpt import use_backend
+from pygpt.ops import backends, linear_cross_entropy
+from pygpt.ops.cross_entropy import linear_cross_entropy_reference
+
+pytestmark = pytest.mark.skipif(
+    backends.extension is None or not backends.extension.has_tiles(),
+    reason="no AMX here; `make test-amx` runs this test on an emulation",
+)
+# Panels are of 32, steps of 32 and 256, parts of the sum of up to 2,048, blocks of up to 512.
+SHAPES = [  # M, K, N
+    (1, 1, 1), (33, 65, 47), (31, 32, 33), (64, 256, 64), (100, 300, 77), (40, 2500, 70), (70, 5000, 33), (16, 7, 1100),
+    (1100, 33, 20), (600, 40, 600),
+]  # fmt: skip
+
+
+def laid_out(rows: int, columns: int, transposed: bool, seed: int) -> torch.Tensor:
+    """A random matrix, its columns neighbours in memory or its rows."""
+    shape = (columns, rows) if transposed else (rows, columns)
+    x = leaf(*shape, dtype=torch.bfloat16, seed=seed).detach()
+    return x.t() if transposed else x
+
+
+@pytest.mark.parametrize(("M", "K", "N"), SHAPES)
+@pytest.mark.parametrize("layout", list(itertools.product([False, True], repeat=2)), ids=str)
+def test_matches_float64(M, K, N, layout):
+    a, b = laid_out(M, K, layout[0], 0), laid_out(K, N, layout[1], 1)
+    bias, out = leaf(N, dtype=torch.bfloat16, seed=2).detach(), leaf(M, N, dtype=torch.bfloat16, seed=3).detach()
+    exact = a.double() @ b.double()
+    tolerance = {"rtol": 2**-8, "atol": 1e-5 * K}  # rounded once, at the end
+    torch.testing.assert_close(torch.ops.pygpt.matmul(a, b, None).double(), exact, **tolerance)
+    torch.testing.assert_close(torch.ops.pygpt.matmul(a, b, bias).double(), exact + bias.double(), **tolerance)
+    expected = out.double() + exact
+    torch.ops.pygpt.add_matmul_(out, a, b)
+    torch.testing.assert_close(out.double(), expected, **tolerance)
+
+
+def test_views_and_empty_operands():
+    base, weight = leaf(40, 3 * 50, dtype=torch.bfloat16).detach(), leaf(50, 60, dtype=torch.bfloat16, seed=1).detach()
+    for a in (base[:, 50:100], base[:, ::3], base[::2, 7:57], base[:1].expand(40, 150)[:, :50]):
+        assert torch.equal(torch.ops.pygpt.matmul(a, weight, None), torch.ops.pygpt.matmul(a.clone(), weight, None))
+    bias = leaf(60, 2, dtype=torch.bfloat16, seed=2).detach()[:, 0]
+    y = torch.ops.pygpt.matmul(base[:, :50], weight, bias)
+    assert torch.equal(y, torch.ops.pygpt.matmul(base[:, :50], weight, bias.clone()))
+    assert torch.ops.pygpt.matmul(base[:0, :50], weight, None).shape == (0, 60)
+    assert torch.ops.pygpt.matmul(base[:, :50], weight[:, :0], None).shape == (40, 0)
+
+
+def test_nan_and_infinity_stay_where_they_are():
+    a, b = leaf(40, 70, dtype=torch.bfloat16).detach(), leaf(70, 90, dtype=torch.bfloat16, seed=1).detach()
+    a[3, 5], a[35, 69], b[2, 88] = torch.nan, torch.inf, torch.inf
+    y, exact = torch.ops.pygpt.matmul(a, b, None), a.double() @ b.double()
+    assert torch.equal(torch.isfinite(y), torch.isfinite(exact))
+
+
+def test_bad_input():
+    a, b = torch.ones(4, 5).bfloat16(), torch.ones(5, 6).bfloat16()
+    with pytest.raises(RuntimeError, match=r"a must be \(M, K\) and b \(K, N\)"):
+        torch.ops.pygpt.matmul(a, b.t(), None)
+    with pytest.raises(RuntimeError, match="must be bfloat16"):
+        torch.ops.pygpt.matmul(a.float(), b, None)
+    with pytest.raises(RuntimeError, match=r"bias must be bfloat16 \(N,\)"):
+        torch.ops.pygpt.matmul(a, b, torch.ones(5).bfloat16())
+    with pytest.raises(RuntimeError, match="nothing to sum"):
+        torch.ops.pygpt.matmul(a[:, :0], b[:0], None)
+    with pytest.raises(RuntimeError, match=r"out must be bfloat16 \(M, N\), contiguous"):
+        torch.ops.pygpt.add_matmul_(torch.ones(6, 4).bfloat16().t(), a, b)
+    backends.extension.set_cpu_capability("avx512_bf16")
+    try:
+        with pytest.raises(RuntimeError, match="no AMX"):
+            torch.ops.pygpt.matmul(a, b, None)
+    finally:
+        backends.extension.set_cpu_capability("")
+
+
+def head(N: int, C: int, V: int, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    hidden, weight = leaf(N, C, dtype=torch.bfloat16, scale=scale), leaf(V, C, dtype=torch.bfloat16, seed=1)
+    targets = torch.randint(V, (N,), generator=torch.Generator().manual_seed(2))
+    targets[:: max(N // 5, 2)] = -100
+    targets[-1] = V - 1
+    return hidden, weight, targets
+
+
+# Tokens go in chunks of 4,096, the statistics in blocks of 512 columns, gradients in those of 4,096.
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+@pytest.mark.parametrize(("N", "C", "V"), [(1, 1, 1), (33, 40, 513), (65, 16, 5000), (4130, 8, 100), (20, 2100, 40)])
+def test_head_and_loss_match_float64(N, C, V, scale):
+    hidden, weight, targets = head(N, C, V, scale)
+    rh, rw = double(hidden), double(weight)
+    with use_backend("cpp"):
+        loss = linear_cross_entropy(hidden, weight, targets)
+    expected = linear_cross_entropy_reference(rh, rw, targets)
+    loss.backward()
+    expected.backward()
+    assert_close(loss, expected, torch.float32)  # logits are never rounded
+    assert_close(hidden.grad, rh.grad, what="grad hidden")
+    assert_close(weight.grad, rw.grad, what="grad weight")
+
+
+def test_what_is_not_needed_is_not_computed():
+    hidden, weight, targets = (x.detach() for x in head(40, 16, 600))
+    results = {}
+    for need in itertools.product([False, True], repeat=2):
+        loss, *grads = torch.ops.pygpt.linear_cross_entropy(hidden, weight, targets, -100, *need)
+        assert [len(grad) for grad in grads] == [len(hidden) * need[0], len(weight) * need[1]]
+        results[need] = [loss, *grads]
+    assert all(torch.equal(results[need][0], results[True, True][0]) for need in results)
+    assert torch.equal(results[True, False][1], results[True, True][1])
+    assert torch.equal(results[False, True][2], results[True, True][2])
+
+
+def test_an_infinite_logit_is_not_hidden():
+    hidden, weight, targets = (x.detach() for x in head(40, 16, 600))
+    targets[:] = 3
+    hidden[7, 2] = torch.nan
+    loss, grad_hidden, _ = torch.ops.pygpt.linear_cross_entropy(hidden, weight, targets, -100, True, True)
+    assert torch.isnan(loss)
+    assert torch.isnan(grad_hidden[7]).all()
+    assert torch.isfinite(grad_hidden[8:]).all()
+
+
+def test_same_bits_for_any_number_of_threads():
+    a, b = laid_out(700, 2100, False, 0), laid_out(2100, 650, True, 1)
+    hidden, weight, targets = (x.detach() for x in head(300, 40, 5000))
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3, 2):
+        torch.set_num_threads(threads)
+        of_head = torch.ops.pygpt.linear_cross_entropy(hidden, weight, targets, -100, True, True)
+        results.append([torch.ops.pygpt.matmul(a, b, None), *of_head])
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
