@@ -27,6 +27,7 @@ backends.register("linear_cross_entropy", cpp=(torch.float32, torch.bfloat16))
 
 CHUNK_BYTES = 48 << 20  # logits held at a time, the largest part of a workspace of less than 64 MB
 GPU_CHUNK_BYTES = 128 << 20  # a chunk reads and writes all of the gradient of weight: fewer, where memory allows
+MIN_VOCABULARY = 2048  # of the operator for AMX, whose threads share out the vocabulary
 TILE = 16  # rows of which the library's products go through their fast path
 
 
@@ -161,7 +162,7 @@ def _loss_and_gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The mean loss, and its gradients by hidden and weight where they are needed."""
     backend = backends.choose("linear_cross_entropy", hidden)
-    if backend == "cpp" and has_tiles(hidden) and 0 not in hidden.shape and 0 not in weight.shape:
+    if backend == "cpp" and has_tiles(hidden) and 0 not in hidden.shape and weight.shape[0] >= MIN_VOCABULARY:
         loss, *of_inputs = torch.ops.pygpt.linear_cross_entropy.default(
             hidden, weight, targets, ignore_index, need_hidden, need_weight
         )
