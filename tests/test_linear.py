@@ -121,8 +121,8 @@ needs_extension = pytest.mark.skipif(backends.extension is None, reason="pygpt._
 
 @needs_extension
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 8, 13, 15, 23, 63])
-@pytest.mark.parametrize(("N", "K"), [(1, 1), (3, 16), (4, 33), (9, 31), (18, 97), (400, 640)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 8, 13, 15, 17, 23, 32, 63])
+@pytest.mark.parametrize(("N", "K"), [(1, 1), (3, 16), (4, 33), (9, 31), (18, 97), (33, 32), (31, 96), (400, 640)])
 def test_few_rows_match_float64(capability, rows, N, K, dtype):
     x, weight = leaf(rows, K, dtype=dtype).detach(), leaf(N, K, dtype=dtype, seed=1).detach()
     bias = leaf(N, dtype=dtype, seed=2).detach()

@@ -1,5 +1,6 @@
 // linear of few rows, and the gradient of its bias, on the CPU: checks, threads and registration. The arithmetic is linear_kernel.h.
 
+#include "cpu/matmul.h"
 #include "cpu/tensor.h"
 
 #include <bit>
@@ -14,6 +15,7 @@ namespace pygpt {
 namespace {
 
 constexpr int64_t kGrainBytes = 65536;  // of weights, that a thread takes at least
+constexpr int64_t kTilesFrom = 2;       // rows up to which vectors read weights faster than AMX tiles
 
 const float* as_float(const float* p, int64_t, std::vector<float>&) { return p; }
 const float* as_float(const bf16* p, int64_t count, std::vector<float>& to) {
@@ -39,13 +41,17 @@ Tensor run(Tensor x, Tensor weight, const std::optional<Tensor>& scale, std::opt
   const T* b = bias ? static_cast<const T*>(bias->const_data_ptr()) : nullptr;
   T* out = static_cast<T*>(y.mutable_data_ptr());
   const auto over_columns = [&]<class X>(const X* in) {
-    const auto kernel = PYGPT_DISPATCH_PRODUCTS(linear_few_rows<X, W, T>);
+    // With so few rows an instruction for bfloat16 is worth its while even at half of the rate.
+    const auto kernel =
+        rows <= kTilesFrom ? PYGPT_DISPATCH(linear_few_rows<X, W, T>) : PYGPT_DISPATCH_PRODUCTS(linear_few_rows<X, W, T>);
     const int64_t grain = 1 + kGrainBytes / std::max<int64_t>(K * sizeof(W), 1);
     torch::stable::parallel_for(0, N, grain, [&](int64_t begin, int64_t end) {
       kernel(in, w + begin * K, s ? s + begin : nullptr, b ? b + begin : nullptr, out + begin, rows, end - begin, K, N);
     });
   };
   const T* in = static_cast<const T*>(x.const_data_ptr());
+  if constexpr (std::is_same_v<T, bf16> && std::is_same_v<W, bf16>)
+    if (rows > kTilesFrom && multiply_few_rows(in, rows, K, w, N, b, out)) return y;
   if constexpr (std::is_same_v<W, T>) {
     over_columns(in);
   } else {

@@ -79,6 +79,18 @@ void multiply(const MatmulOperand& left, const MatmulOperand& right, int64_t K, 
   }
 }
 
+bool multiply_few_rows(const bf16* x, int64_t rows, int64_t K, const bf16* weight, int64_t N, const bf16* bias, bf16* y) {
+  constexpr int64_t kBlock = 32, kMinBlocks = 8;  // rows of weight; blocks that a thread takes at least
+  if (!has_tiles() || rows > kMatmulPanel || K == 0 || K % 32 || reinterpret_cast<uintptr_t>(weight) % 64) return false;
+  std::vector<bf16> space(matmul_panel_elements(K) + 32);
+  bf16* packed = reinterpret_cast<bf16*>((reinterpret_cast<uintptr_t>(space.data()) + 63) / 64 * 64);
+  amx::matmul_pack(x, {1, K}, false, rows, K, packed);
+  torch::stable::parallel_for(0, (N + kBlock - 1) / kBlock, kMinBlocks, [&](int64_t begin, int64_t end) {
+    amx::matmul_few_rows(packed, rows, weight, K, bias, y, N, begin * kBlock, std::min(N, end * kBlock));
+  });
+  return true;
+}
+
 namespace {
 
 // x as an operand; where no stride is 1, a copy.
@@ -130,6 +142,8 @@ void add_matmul_(Tensor out, Tensor a, Tensor b) {
 int64_t statistics_block(int64_t) { return 1; }
 
 void multiply(const MatmulOperand&, const MatmulOperand&, int64_t, const MatmulOut&, const Tensor&, float*, bool, bool) {}
+
+bool multiply_few_rows(const bf16*, int64_t, int64_t, const bf16*, int64_t, const bf16*, bf16*) { return false; }
 
 namespace {
 

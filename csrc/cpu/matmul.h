@@ -58,4 +58,8 @@ int64_t statistics_block(int64_t K);
 void multiply(const MatmulOperand& left, const MatmulOperand& right, int64_t K, const MatmulOut& out, const Tensor& like,
               float* sums = nullptr, bool first = true, bool last = true);
 
+// x (rows x K) times weight (N x K) transposed + bias -> y (rows x N), all contiguous, at the pace of reading weight. Whether
+// it can: by AMX tiles, at most 32 rows, K a multiple of 32, weight at the beginning of a cache line.
+bool multiply_few_rows(const bf16* x, int64_t rows, int64_t K, const bf16* weight, int64_t N, const bf16* bias, bf16* y);
+
 }  // namespace pygpt

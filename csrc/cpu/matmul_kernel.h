@@ -205,6 +205,71 @@ static void matmul_block(const MatmulOut& out, bool block_is_left, const bf16* b
   }
 }
 
+// --- few rows --------------------------------------------------------------------------------------------------------
+
+// weight (N x K) times packed (K x PANELS * 16), a right operand: N rows, K a multiple of 32, weight of whole cache lines. The
+// weight is read as it lies, once and in order: what comes next is under way while a block of 32 rows is multiplied. sums:
+// (2 x PANELS) tiles.
+template <int PANELS>
+static void multiply_weight_rows(const bf16* weight, int64_t K, const bf16* packed, float* sums) {
+  const int64_t stride = K * 2;
+  const bf16 *second = weight + 16 * K, *ahead = weight + 32 * K;
+  tile_zero<0>(), tile_zero<2>();
+  if constexpr (PANELS > 1) tile_zero<1>(), tile_zero<3>();
+  for (int64_t k = 0; k < K; k += 32, packed += kMatmulPanelStep) {
+    for (int64_t l = 0; l < 32; ++l, ahead += 32) __builtin_prefetch(ahead, 0, 2);
+    tile_load<4>(weight + k, stride), tile_load<6>(packed, 64);
+    tile_dot_bf16<0, 4, 6>();
+    tile_load<5>(second + k, stride);
+    tile_dot_bf16<2, 5, 6>();
+    if constexpr (PANELS > 1) {
+      tile_load<7>(packed + kTileElements, 64);
+      tile_dot_bf16<1, 4, 7>(), tile_dot_bf16<3, 5, 7>();
+    }
+  }
+  tile_store<0>(sums, 64), tile_store<2>(sums + 512, 64);
+  if constexpr (PANELS > 1) tile_store<1>(sums + 256, 64), tile_store<3>(sums + 768, 64);
+}
+
+// y (rows x N, `stride` apart) = the product of packed x, at most 32 rows, with rows begin .. end of weight, + bias.
+static void matmul_few_rows(const bf16* packed, int64_t rows, const bf16* weight, int64_t K, const bf16* bias, bf16* y,
+                            int64_t stride, int64_t begin, int64_t end) {
+  const TileScope tiles;
+  alignas(64) float sums[kMatmulSums];
+  alignas(64) bf16 last[32 * 32];
+  for (int64_t n = begin; n < end; n += 32) {
+    const int64_t count = smaller(32, end - n);
+    const bf16* from = weight + n * K;
+    if (count == 32) {
+      (rows > 16 ? multiply_weight_rows<2> : multiply_weight_rows<1>)(from, K, packed, sums);
+    } else {  // the last rows, a step at a time: beyond them there is nothing to read
+      tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+      for (int64_t k = 0; k < K; k += 32) {
+        for (int64_t r = 0; r < 32; ++r)
+          _mm512_store_si512(last + r * 32, r < count ? _mm512_loadu_si512(from + r * K + k) : _mm512_setzero_si512());
+        const bf16* x = packed + k * kMatmulPanel;
+        tile_load<4>(last, 64), tile_load<5>(last + 512, 64), tile_load<6>(x, 64), tile_load<7>(x + kTileElements, 64);
+        tile_dot_bf16<0, 4, 6>(), tile_dot_bf16<1, 4, 7>(), tile_dot_bf16<2, 5, 6>(), tile_dot_bf16<3, 5, 7>();
+      }
+      tile_store<0>(sums, 64), tile_store<1>(sums + 256, 64), tile_store<2>(sums + 512, 64), tile_store<3>(sums + 768, 64);
+    }
+    const __mmask32 mask = count >= 32 ? ~0u : _bzhi_u32(~0u, count);
+    vf of_bias[2] = {};
+    if (bias) of_bias[0] = load_upper_masked(bias + n, mask), of_bias[1] = load_upper_masked(bias + n + 16, mask >> 16);
+    for (int64_t panel = 0; panel * 16 < rows; ++panel) {
+      vf low[16], high[16];  // of 16 rows of x
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i)
+        low[i] = load(sums + panel * 256 + 16 * i), high[i] = load(sums + 512 + panel * 256 + 16 * i);
+      transpose<8>(low);
+      transpose<8>(high);
+      for (int64_t r = 0; r < smaller(16, rows - panel * 16); ++r)
+        _mm512_mask_storeu_epi16(y + (panel * 16 + r) * stride + n, mask,
+                                 (__m512i)_mm512_cvtne2ps_pbh((__m512)(high[r] + of_bias[1]), (__m512)(low[r] + of_bias[0])));
+    }
+  }
+}
+
 }  // namespace pygpt::PYGPT_ISA
 
 #endif

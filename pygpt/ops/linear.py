@@ -4,10 +4,11 @@ Generation multiplies a row or a few with every weight, in the time that reading
 the memory's pace, the libraries at half of it or two thirds. On x86 CPUs torch computes float32 products with MKL, which on
 processors that are not Intel's reaches less than half of what oneDNN, in every torch as well, does on the same machine. So
 there these products go through oneDNN. In bfloat16 F.linear goes through oneDNN itself, but copies the bias to all rows of
-the result first; so do the larger of these products here, with the bias added on the way. On processors with AMX they go
-through a kernel of ours, which is as fast where the library is at its best and twice as fast where it repacks its
-operands: gradients of weights, a vocabulary. On processors without instructions for bfloat16 all of its products are computed in float32, which with the conversions takes a half to a tenth of
-the time. Everywhere else this is `F.linear` (bench/LOG.md has the figures).
+the result first; so do the larger of these products here, with the bias added on the way. On processors with AMX the larger
+products of bfloat16 are a kernel of ours, as fast as the library where that is at its best and half as fast again where it
+has to turn its operands round: gradients of weights. On processors without instructions for bfloat16 all of its products are
+computed in float32, which with the conversions takes a half to a tenth of the time. Everywhere else this is `F.linear`
+(bench/LOG.md has the figures).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ TILE, WIDE = 64, 4096  # of a product of more than 4,096 rows, those that fill n
 # Multiplications of a product below which a function of our own does not win back what it costs: where it is twice as fast
 # as F.linear or more, and where it is a little faster.
 SMALL_PRODUCT, SMALL_PRODUCT_OF_A_PEER = 3 << 19, 1 << 28
+MAX_ROWS_OF_TILES, TILE_STEP = 32, 32  # of the kernel for few rows by AMX tiles, which sums in steps
 MIN_ROWS = 16  # of a product for a library; what has fewer is a matter of memory bandwidth
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -116,7 +118,10 @@ def add_matmul_tn_(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 def has_few_rows(x: Tensor) -> bool:
     """Whether x has so few rows, but any, that the kernel's product with it is faster than a library's."""
-    return 0 < x.numel() < (MIN_ROWS_IN_FLOAT32 if in_float32(x) else MIN_ROWS) * x.shape[-1]
+    K = x.shape[-1]
+    if has_tiles(x) and K % TILE_STEP == 0:
+        return 0 < x.numel() <= MAX_ROWS_OF_TILES * K
+    return 0 < x.numel() < (MIN_ROWS_IN_FLOAT32 if in_float32(x) else MIN_ROWS) * K
 
 
 def in_float32(x: Tensor) -> bool:
