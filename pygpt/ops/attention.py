@@ -162,7 +162,7 @@ def _multiply_wide(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
 # --- q, k and v of one projection ----------------------------------------------------------------------------------
 
 
-def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
+def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, ...]:
     """q, k and v, views of a packed projection: qkv (B, T, 3C) -> (B, T, H, D) each, H = n_head and D = C // H.
 
     The same as qkv.view(B, T, 3, H, D).unbind(2), whose backward copies the three gradients into one tensor. With the
@@ -178,14 +178,14 @@ def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
     return _split(qkv, n_head)
 
 
-def _split(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
+def _split(qkv: Tensor, n_head: int) -> tuple[Tensor, ...]:
     B, T, width = qkv.shape
     return qkv.view(B, T, 3, n_head, width // (3 * n_head)).unbind(2)
 
 
 def _is_packed(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether q, k and v (B, T, H, D) lie as in a contiguous tensor (B, T, 3, H, D); not whether it is the same one."""
-    B, T, H, D = q.shape
+    _, T, H, D = q.shape
     start, C = q.storage_offset(), H * D
     return (
         q.shape == k.shape == v.shape
@@ -196,7 +196,7 @@ def _is_packed(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 class _SplitHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, qkv: Tensor, n_head: int) -> tuple[Tensor, ...]:
         return _split(qkv, n_head)
 
     @staticmethod
