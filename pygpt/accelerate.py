@@ -42,7 +42,7 @@ def _conv1d(self: Any, x: Tensor) -> Tensor:
 
 def _nanogpt_attention(self: Any, x: Tensor) -> Tensor:
     B, T, C = x.shape
-    q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # (B, T, H, D) each
+    q, k, v = ops.split_heads(self.c_attn(x), self.n_head)  # (B, T, H, D) each
     y = ops.causal_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
     return self.resid_dropout(self.c_proj(y.reshape(B, T, C)))
 

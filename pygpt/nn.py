@@ -126,7 +126,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None = None, document_start: Tensor | None = None) -> Tensor:
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # (B, T, H, D) each
+        q, k, v = ops.split_heads(self.c_attn(x), self.n_head)  # (B, T, H, D) each
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, S, H, D)
         dropout_p = self.dropout if self.training else 0.0

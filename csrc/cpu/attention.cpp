@@ -113,6 +113,11 @@ HeadView<const T> view(const Tensor& x) {
 }
 
 template <class T>
+HeadView<T> mutable_view(const Tensor& x) {
+  return {static_cast<T*>(x.mutable_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+template <class T>
 auto forward_kernel() {
 #ifdef PYGPT_AMX_LEVEL
   if constexpr (std::is_same_v<T, bf16>)
@@ -223,7 +228,7 @@ void backward(const AttentionShape& shape, const BackwardInputs<T>& in, const Ba
               return shape.end_query_block(head, block) - shape.first_query_block(block);
             },
             [&](float* space, int64_t head, Range range) {
-              kernel(shape, in, {nullptr, out.k, out.v}, space, head, range, {0, q_blocks});
+              kernel(shape, in, {{}, out.k, out.v}, space, head, range, {0, q_blocks});
             });
   in_blocks(q_blocks,
             [&](int64_t head, int64_t block) {
@@ -231,16 +236,18 @@ void backward(const AttentionShape& shape, const BackwardInputs<T>& in, const Ba
             },
             [&](float* space, int64_t head, Range range) {
               const Range keys{shape.first_key_block(head, range.begin), shape.end_key_block(range.end - 1)};
-              kernel(shape, in, {out.q, nullptr, nullptr}, space, head, keys, range);
+              kernel(shape, in, {out.q, {}, {}}, space, head, keys, range);
             });
 }
 
-std::tuple<Tensor, Tensor, Tensor> causal_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out,
-                                                             Tensor lse, double scale, double dropout_p,
-                                                             std::optional<Tensor> seed,
-                                                             std::optional<Tensor> document_start) {
-  const char* op = "causal_attention_backward";
-  check(q, k, v, dropout_p, seed, op);
+struct Gradients {  // of q, k and v; unit stride in the last dimension
+  Tensor q, k, v;
+};
+
+// The backward operators but for their results' memory. q, k and v have been checked.
+void fill_gradients(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, double scale, double dropout_p,
+                    const std::optional<Tensor>& seed, std::optional<Tensor> document_start, const Gradients& grads,
+                    const char* op) {
   const auto dtype = q.scalar_type();
   document_start = first_keys(q, k, document_start, op);
   const AttentionShape shape = shape_of(q, k, scale, dropout_p, seed, document_start);
@@ -252,17 +259,35 @@ std::tuple<Tensor, Tensor, Tensor> causal_attention_backward(Tensor grad, Tensor
               ": lse must be float32 (B, H, T)");
   q = unit_stride(q), k = unit_stride(k), v = unit_stride(v), grad = unit_stride(grad);
   out = torch::stable::contiguous(out), lse = torch::stable::contiguous(lse);
-  Tensor grad_q = new_empty(q, {shape.B, shape.T, shape.H, shape.D}, dtype);
-  Tensor grad_k = new_empty(q, {shape.B, shape.S, shape.H, shape.D}, dtype);
-  Tensor grad_v = new_empty(q, {shape.B, shape.S, shape.H, shape.D}, dtype);
   const auto run = [&]<class T>(T) {
     backward<T>(shape, {view<T>(q), view<T>(k), view<T>(v), view<T>(grad), static_cast<const T*>(out.const_data_ptr()),
                         lse.const_data_ptr<float>()},
-                {static_cast<T*>(grad_q.mutable_data_ptr()), static_cast<T*>(grad_k.mutable_data_ptr()),
-                 static_cast<T*>(grad_v.mutable_data_ptr())}, q);
+                {mutable_view<T>(grads.q), mutable_view<T>(grads.k), mutable_view<T>(grads.v)}, q);
   };
-  if (grad_k.numel()) dtype == ScalarType::Float ? run(float{}) : run(bf16{});
-  return {grad_q, grad_k, grad_v};
+  if (grads.k.numel()) dtype == ScalarType::Float ? run(float{}) : run(bf16{});
+}
+
+std::tuple<Tensor, Tensor, Tensor> causal_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out,
+                                                             Tensor lse, double scale, double dropout_p,
+                                                             std::optional<Tensor> seed,
+                                                             std::optional<Tensor> document_start) {
+  const char* op = "causal_attention_backward";
+  check(q, k, v, dropout_p, seed, op);
+  const Gradients grads{new_like(q), new_like(k), new_like(v)};
+  fill_gradients(grad, q, k, v, out, lse, scale, dropout_p, seed, document_start, grads, op);
+  return {grads.q, grads.k, grads.v};
+}
+
+Tensor causal_attention_backward_packed(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, double scale,
+                                        double dropout_p, std::optional<Tensor> seed,
+                                        std::optional<Tensor> document_start) {
+  const char* op = "causal_attention_backward_packed";
+  check(q, k, v, dropout_p, seed, op);
+  PYGPT_CHECK(k.size(1) == q.size(1), op, ": q, k and v must have one shape");
+  Tensor packed = new_empty(q, {q.size(0), q.size(1), 3, q.size(2), q.size(3)}, q.scalar_type());
+  const auto part = [&](int64_t i) { return torch::stable::select(packed, 2, i); };
+  fill_gradients(grad, q, k, v, out, lse, scale, dropout_p, seed, document_start, {part(0), part(1), part(2)}, op);
+  return packed;
 }
 
 }  // namespace
@@ -270,6 +295,7 @@ std::tuple<Tensor, Tensor, Tensor> causal_attention_backward(Tensor grad, Tensor
 STABLE_TORCH_LIBRARY_IMPL(pygpt, CPU, m) {
   m.impl("causal_attention_forward", TORCH_BOX(&causal_attention_forward));
   m.impl("causal_attention_backward", TORCH_BOX(&causal_attention_backward));
+  m.impl("causal_attention_backward_packed", TORCH_BOX(&causal_attention_backward_packed));
 }
 
 }  // namespace pygpt

@@ -20,6 +20,8 @@ template <class T>
 struct HeadView {
   T* data;
   int64_t batch, time, head;
+
+  T* at(int64_t b, int64_t t, int64_t h) const { return data + b * batch + t * time + h * head; }
 };
 
 struct Dropout {
@@ -93,10 +95,10 @@ struct BackwardInputs {
   const float* lse;  // (B, H, T)
 };
 
-// Gradients, (B, T or S, H, D); null where a call is not to compute them.
+// Gradients, (B, T or S, H, D); without data where a call is not to compute them.
 template <class T>
 struct BackwardOutputs {
-  T *q, *k, *v;
+  HeadView<T> q, k, v;
 };
 
 // Blocks begin .. end of 64 queries or keys.

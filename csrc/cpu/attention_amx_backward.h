@@ -398,7 +398,7 @@ static void add_query_gradients(const AttentionShape& shape, const TileBuffers& 
 template <bool DROPOUT, bool KEYS, bool QUERIES>
 static void backward_head(const AttentionShape& shape, const BackwardInputs<bf16>& in, const BackwardOutputs<bf16>& out,
                           const TileBuffers& w, int64_t head, Range keys, Range steps) {
-  const int64_t b = head / shape.H, h = head % shape.H, D = shape.D, n = shape.width() / kStep, row = shape.H * D;
+  const int64_t b = head / shape.H, h = head % shape.H, D = shape.D, n = shape.width() / kStep;
   constexpr int64_t most = kBlockQueries / kStep;
   std::memset(w.grad_q + steps.begin * n * kResult, 0, (steps.end - steps.begin) * n * kResult * sizeof(float));
   for (int64_t k0 = keys.begin; k0 < keys.end; k0 += kBlockKeys) {
@@ -430,15 +430,14 @@ static void backward_head(const AttentionShape& shape, const BackwardInputs<bf16
     }
     for (int64_t j = 0; KEYS && j < key_steps; ++j) {
       const int64_t key = k0 + j * kStep, rows = smaller(kStep, shape.S - key), from = j * n * kResult;
-      const int64_t to = ((b * shape.S + key) * shape.H + h) * D;
       const float keep = shape.dropout.on ? shape.dropout.inverse_keep : 1.0f;
-      store_result_rows<false>(w.grad_k + from, rows, D, shape.scale, out.k + to, row);
-      store_result_rows<false>(w.grad_v + from, rows, D, keep, out.v + to, row);
+      store_result_rows<false>(w.grad_k + from, rows, D, shape.scale, out.k.at(b, key, h), out.k.time);
+      store_result_rows<false>(w.grad_v + from, rows, D, keep, out.v.at(b, key, h), out.v.time);
     }
   }
   for (int64_t step = steps.begin; QUERIES && step < steps.end; ++step) {
-    const int64_t rows = smaller(kStep, shape.T - step * kStep), to = ((b * shape.T + step * kStep) * shape.H + h) * D;
-    store_result_rows<true>(w.grad_q + step * n * kResult, rows, D, shape.scale, out.q + to, row);
+    const int64_t query = step * kStep, rows = smaller(kStep, shape.T - query);
+    store_result_rows<true>(w.grad_q + step * n * kResult, rows, D, shape.scale, out.q.at(b, query, h), out.q.time);
   }
 }
 
@@ -456,10 +455,10 @@ void attention_backward(const AttentionShape& shape, const BackwardInputs<T>& in
   const Range seeing_steps = {seeing.begin * per_block, smaller(all_steps, seeing.end * per_block)};
   pack_queries_for_tiles(shape, in, w, head, seeing_steps);
   const Range query_steps = {query_blocks.begin * per_block, smaller(all_steps, query_blocks.end * per_block)};
-  if (!out.q)
+  if (!out.q.data)
     (shape.dropout.on ? backward_head<true, true, false> : backward_head<false, true, false>)(shape, in, out, w, head,
                                                                                              keys, seeing_steps);
-  else if (!out.k)
+  else if (!out.k.data)
     (shape.dropout.on ? backward_head<true, false, true> : backward_head<false, false, true>)(shape, in, out, w, head,
                                                                                              keys, query_steps);
   else

@@ -205,19 +205,21 @@ static void store_gradient(const float* from, int64_t rows, int64_t D, int64_t w
     PYGPT_FOR_LANES(D, store_step(to + i, load(from + i) * factor, n);)
 }
 
-// Gradients of one head: of k and v for the blocks of keys in `key_blocks` if out.k is given, and of q for the blocks
-// of queries in `query_blocks` if out.q is. Together they share the tiles; then both ranges must be whole.
+// Gradients of one head: of k and v for the blocks of keys in `key_blocks` if out.k has data, and of q for the blocks
+// of queries in `query_blocks` if out.q has. Together they share the tiles; then both ranges must be whole.
 template <class T>
 void attention_backward(const AttentionShape& shape, const BackwardInputs<T>& in, const BackwardOutputs<T>& out,
                         float* workspace, int64_t head, Range key_blocks, Range query_blocks) {
   const BackwardBuffers w = lay_out<T>(shape, workspace);
-  const int64_t b = head / shape.H, h = head % shape.H, D = shape.D, width = shape.width(), row = shape.H * D;
+  const int64_t b = head / shape.H, h = head % shape.H, D = shape.D, width = shape.width();
+  const bool want_keys = out.k.data != nullptr, want_queries = out.q.data != nullptr;
   const auto tile = shape.document_start ? backward_tile<T, true> : backward_tile<T, false>;
   pack_queries(shape, in, w, head,
                {larger(query_blocks.begin, shape.first_query_block(key_blocks.begin)),
                 smaller(query_blocks.end, shape.end_query_block(head, key_blocks.end - 1))});
-  if (out.q) std::memset(w.grad_q + query_blocks.begin * kBlock * width, 0,
-                         (query_blocks.end - query_blocks.begin) * kBlock * width * sizeof(float));
+  if (want_queries)
+    std::memset(w.grad_q + query_blocks.begin * kBlock * width, 0,
+                (query_blocks.end - query_blocks.begin) * kBlock * width * sizeof(float));
   for (int64_t key_block = key_blocks.begin; key_block < key_blocks.end; ++key_block) {
     const int64_t k0 = key_block * kBlock, keys = smaller(kBlock, shape.S - k0);
     const int64_t end_query = shape.end_query(head, key_block);
@@ -225,25 +227,24 @@ void attention_backward(const AttentionShape& shape, const BackwardInputs<T>& in
     const T* v = in.v.data + b * in.v.batch + h * in.v.head + k0 * in.v.time;
     pack_transposed(k, in.k.time, keys, D, width, w.key_panel);
     pack_transposed(v, in.v.time, keys, D, width, w.value_panel);
-    if (out.q) pack_summed_rows(k, in.k.time, keys, D, width, w.key_summed);
-    if (out.k) {
+    if (want_queries) pack_summed_rows(k, in.k.time, keys, D, width, w.key_summed);
+    if (want_keys) {
       std::memset(w.grad_k, 0, kBlock * width * sizeof(float));
       std::memset(w.grad_v, 0, kBlock * width * sizeof(float));
     }
     for (int64_t q = larger(query_blocks.begin, shape.first_query_block(key_block));
          q < query_blocks.end && q * kBlock < end_query; ++q)
-      tile(shape, w, head, q * kBlock, k0, end_query, out.k != nullptr, out.q != nullptr);
-    if (out.k) {
-      const int64_t at = ((b * shape.S + k0) * shape.H + h) * D;
+      tile(shape, w, head, q * kBlock, k0, end_query, want_keys, want_queries);
+    if (want_keys) {
       const float keep = shape.dropout.on ? shape.dropout.inverse_keep : 1.0f;
-      store_gradient(w.grad_k, keys, D, width, shape.scale, out.k + at, row);
-      store_gradient(w.grad_v, keys, D, width, keep, out.v + at, row);
+      store_gradient(w.grad_k, keys, D, width, shape.scale, out.k.at(b, k0, h), out.k.time);
+      store_gradient(w.grad_v, keys, D, width, keep, out.v.at(b, k0, h), out.v.time);
     }
   }
-  if (out.q) {
+  if (want_queries) {
     const int64_t q0 = query_blocks.begin * kBlock;
     store_gradient(w.grad_q + q0 * width, smaller(shape.T, query_blocks.end * kBlock) - q0, D, width, shape.scale,
-                   out.q + ((b * shape.T + q0) * shape.H + h) * D, row);
+                   out.q.at(b, q0, h), out.q.time);
   }
 }
 

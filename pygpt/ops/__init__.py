@@ -1,7 +1,7 @@
 """The operators. Each call checks its arguments and goes to the backend that `backends.choose` names."""
 
 from pygpt.ops.adamw import adamw_
-from pygpt.ops.attention import causal_attention
+from pygpt.ops.attention import causal_attention, split_heads
 from pygpt.ops.cross_entropy import linear_cross_entropy
 from pygpt.ops.embedding import embedding, embedding_backward_
 from pygpt.ops.gelu import gelu
@@ -21,4 +21,5 @@ __all__ = [
     "linear_cross_entropy",
     "linear_int8",
     "quantize_int8",
+    "split_heads",
 ]

@@ -8,6 +8,7 @@ elements. `dropout_mask` is its definition in plain integer arithmetic.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -158,6 +159,56 @@ def _multiply_wide(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
+# --- q, k and v of one projection ----------------------------------------------------------------------------------
+
+
+def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, ...]:
+    """q, k and v, views of a packed projection: qkv (B, T, 3C) -> (B, T, H, D) each, H = n_head and D = C // H.
+
+    The same as qkv.view(B, T, 3, H, D).unbind(2), whose backward copies the three gradients into one tensor. With the
+    compiled kernels of the CPU this one does not: `causal_attention` has its gradients side by side in such a tensor.
+    """
+    if (
+        not torch.compiler.is_compiling()
+        and qkv.requires_grad
+        and torch.is_grad_enabled()
+        and backends.choose("causal_attention", qkv) == "cpp"
+    ):
+        return _SplitHeads.apply(qkv, n_head)
+    return _split(qkv, n_head)
+
+
+def _split(qkv: Tensor, n_head: int) -> tuple[Tensor, ...]:
+    B, T, width = qkv.shape
+    return qkv.view(B, T, 3, n_head, width // (3 * n_head)).unbind(2)
+
+
+def _is_packed(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether q, k and v (B, T, H, D) lie as in a contiguous tensor (B, T, 3, H, D); not whether it is the same one."""
+    _, T, H, D = q.shape
+    start, C = q.storage_offset(), H * D
+    return (
+        q.shape == k.shape == v.shape
+        and q.stride() == k.stride() == v.stride() == (T * 3 * C, 3 * C, D, 1)
+        and (k.storage_offset(), v.storage_offset()) == (start + C, start + 2 * C)
+    )
+
+
+class _SplitHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, n_head: int) -> tuple[Tensor, ...]:
+        return _split(qkv, n_head)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        B, T, H, D = grads[0].shape
+        whole = (B, T, 3 * H * D)
+        one = len({grad.untyped_storage().data_ptr() for grad in grads}) == 1
+        if one and _is_packed(*grads) and not torch.is_grad_enabled():  # enabled: the view has no derivative by k and v
+            return grads[0].as_strided(whole, (T * 3 * H * D, 3 * H * D, 1)), None
+        return torch.stack(grads, 2).view(whole), None
+
+
 # --- checks, fake functions and autograd formula of the compiled operators -----------------------------------------
 
 
@@ -223,6 +274,11 @@ def _backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+def _backward_packed_fake(grad: Tensor, q: Tensor, *others: Any) -> Tensor:
+    B, T, H, D = q.shape
+    return q.new_empty(B, T, 3, H, D)
+
+
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     q, k, v, ctx.scale, ctx.dropout_p, seed, document_start = inputs
     out, lse = output
@@ -235,12 +291,15 @@ def _backward(ctx, grad, grad_lse):  # type: ignore[no-untyped-def]
     if grad is None:
         return None, None, None, None, None, None, None
     *saved, seed, document_start = ctx.saved_tensors
-    grads = torch.ops.pygpt.causal_attention_backward.default(
-        grad, *saved, ctx.scale, ctx.dropout_p, seed, document_start
-    )
+    inputs = (grad, *saved, ctx.scale, ctx.dropout_p, seed, document_start)
+    if grad.is_cpu and _is_packed(*saved[:3]):
+        grads = torch.ops.pygpt.causal_attention_backward_packed.default(*inputs).unbind(2)
+    else:
+        grads = torch.ops.pygpt.causal_attention_backward.default(*inputs)
     return *grads, None, None, None, None
 
 
 if backends.extension is not None:
     torch.library.register_fake("pygpt::causal_attention_backward", _backward_fake)
+    torch.library.register_fake("pygpt::causal_attention_backward_packed", _backward_packed_fake)
     _causal_attention = differentiable("causal_attention_forward", _forward_fake, _setup, _backward)
