@@ -95,8 +95,14 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         self.ln_f = LayerNorm(config.n_embd, bias=config.bias)
 
-    def forward(self, idx: Tensor, cache: KVCache | None = None, document_start: Tensor | None = None) -> Tensor:
-        """idx (B, T) int64 -> (B, T, C). With a cache, idx continues what the cache holds.
+    def forward(
+        self,
+        idx: Tensor,
+        cache: KVCache | None = None,
+        document_start: Tensor | None = None,
+        tied: list[Tensor] | None = None,
+    ) -> Tensor:
+        """idx (B, T) int64 -> (B, T, C). With a cache, idx continues what the cache holds. tied: see `Embedding.forward`.
 
         document_start: int32 (B, T), the index in its row, cached tokens included, at which the document of each token
         begins. Positions count from there, and tokens before it are not seen. It separates documents packed in a row,
@@ -113,9 +119,9 @@ class Transformer(nn.Module):
                 f"shorten it, or use a model with a larger block_size"
             )
         if document_start is None:
-            x = self.wte(idx, self.wpe, past)  # (B, T, C)
+            x = self.wte(idx, self.wpe, past, tied)  # (B, T, C)
         else:
-            x = self.wte(idx) + self.wpe(self._positions(idx, past, document_start))
+            x = self.wte(idx, tied=tied) + self.wpe(self._positions(idx, past, document_start))
         x, residual = self.drop(x), None
         for block in self.h:
             x, residual = block(x, residual, cache, document_start)
@@ -171,13 +177,14 @@ class GPT(nn.Module):
         documents packed in one row (see `Transformer.forward`). Raises InputError for a sequence longer than block_size
         or an unknown token id.
         """
-        x = self.transformer(idx, document_start=document_start)
         if targets is None:
-            return self.lm_head(x), None
+            return self.lm_head(self.transformer(idx, document_start=document_start)), None
         if targets.shape != idx.shape:
             raise InputError(f"targets {tuple(targets.shape)} must have the shape of the token ids {tuple(idx.shape)}")
         flat, head = targets.reshape(-1).clamp(min=-1), self.lm_head
-        weight = head.dequantized(x.dtype) if isinstance(head, Int8Linear) else head.weight
+        tied: list[Tensor] | None = [] if head.weight is self.transformer.wte.weight else None
+        x = self.transformer(idx, document_start=document_start, tied=tied)
+        weight = tied[0] if tied else head.dequantized(x.dtype) if isinstance(head, Int8Linear) else head.weight
         loss = ops.linear_cross_entropy(x.reshape(-1, x.shape[-1]), weight, flat, ignore_index=-1)
         return self.lm_head(x) if return_logits else None, loss
 

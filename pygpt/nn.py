@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pygpt import ops
 from pygpt.errors import InputError
+from pygpt.ops.embedding import tied_embedding
 
 if TYPE_CHECKING:
     from pygpt.model import GPTConfig
@@ -22,9 +23,20 @@ if TYPE_CHECKING:
 class Embedding(nn.Embedding):
     """A token table (V, C). With a position table, gathers and adds both in one pass."""
 
-    def forward(self, idx: Tensor, positions: nn.Embedding | None = None, position_offset: int = 0) -> Tensor:
-        """idx (B, T) int64 -> (B, T, C)."""
-        return ops.embedding(idx, self.weight, None if positions is None else positions.weight, position_offset)
+    def forward(
+        self,
+        idx: Tensor,
+        positions: nn.Embedding | None = None,
+        position_offset: int = 0,
+        tied: list[Tensor] | None = None,
+    ) -> Tensor:
+        """idx (B, T) int64 -> (B, T, C). tied: see `tied_embedding`, whose table is appended."""
+        position_table = None if positions is None else positions.weight
+        if tied is None:
+            return ops.embedding(idx, self.weight, position_table, position_offset)
+        x, table = tied_embedding(idx, self.weight, position_table, position_offset)
+        tied.append(table)
+        return x
 
 
 class LayerNorm(nn.LayerNorm):

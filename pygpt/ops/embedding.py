@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pygpt.errors import InputError, InputTypeError
 from pygpt.ops import backends
-from pygpt.ops.autograd import differentiable
+from pygpt.ops.autograd import differentiable, first_order
 from pygpt.ops.checks import check_device
 
 backends.register("embedding", cpp=(torch.float32, torch.bfloat16), cuda=(torch.float32, torch.bfloat16, torch.float16))
@@ -55,6 +57,31 @@ def embedding(
         if backends.choose("embedding", token_table) == "eager":
             return embedding_reference(idx, token_table, position_table, position_offset)
         return _embedding(idx, token_table, position_table, position_offset)
+    except IndexError:
+        raise _unknown_token(idx, token_table.shape[0]) from None
+
+
+def tied_embedding(
+    idx: Tensor, token_table: Tensor, position_table: Tensor | None = None, position_offset: int = 0
+) -> tuple[Tensor, Tensor]:
+    """`embedding`, and the token table once more: (x, table). `table` is for the head of the same forward pass.
+
+    Autograd then brings both gradients of the table to one place, where the embedding's few rows are added to the head's
+    gradient in place. Apart, they cost a second gradient of the whole table, mostly zeros, and its addition. So it is on the
+    CPU where the compiled backend answers; elsewhere `table` is token_table itself.
+    Only for ops whose gradient of `table` nobody else holds, such as linear_cross_entropy: it is overwritten. That is why
+    `pygpt.ops` does not offer it. Arguments and errors are those of `embedding`.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or not token_table.is_cpu
+        or not (token_table.requires_grad and torch.is_grad_enabled())
+        or backends.choose("embedding", token_table) != "cpp"
+    ):
+        return embedding(idx, token_table, position_table, position_offset), token_table
+    idx = _check(idx, position_offset, "token_table", token_table, "position_table", position_table)
+    try:
+        return _TiedEmbedding.apply(idx, token_table, position_table, position_offset)
     except IndexError:
         raise _unknown_token(idx, token_table.shape[0]) from None
 
@@ -186,6 +213,34 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     token_grad, position_grad = (None if n is None else grad.new_zeros(n, C) for n in rows)
     torch.ops.pygpt.embedding_backward_.default(grad, idx, token_grad, position_grad, ctx.position_offset)
     return None, token_grad, position_grad, None
+
+
+class _TiedEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        _setup(ctx, inputs, None)
+        # detach: of the same memory and version, so that a change in place between forward and backward is still an error
+        return torch.ops.pygpt.embedding_forward.default(*inputs), inputs[1].detach()
+
+    @staticmethod
+    @first_order("the compiled embedding")
+    def backward(
+        ctx: Any, grad: Tensor | None, of_head: Tensor | None
+    ) -> tuple[None, Tensor | None, Tensor | None, None]:
+        """grad: by x. of_head: by table. Either is None where what is differentiated does not depend on it."""
+        if grad is None:
+            return None, of_head, None, None
+        if of_head is None:
+            return _backward(ctx, grad)
+        # linear_cross_entropy returns what it saved, and where the graph is kept the next backward gets the same tensor.
+        keeps = torch._C._autograd._get_current_graph_task_keep_graph()
+        if keeps or of_head.requires_grad or not of_head.is_contiguous():
+            of_head = of_head.clone(memory_format=torch.contiguous_format)
+        (idx,) = ctx.saved_tensors
+        position_grad = None if ctx.position_rows is None else grad.new_zeros(ctx.position_rows, grad.shape[2])
+        torch.ops.pygpt.embedding_backward_.default(grad, idx, of_head, position_grad, ctx.position_offset)
+        return None, of_head, position_grad, None
 
 
 if backends.extension is not None:
