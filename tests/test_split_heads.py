@@ -7,6 +7,7 @@ import torch
 from common import assert_close, document_starts, double, leaf
 from test_attention import explicit, needs_extension
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pygpt import ops
@@ -121,6 +122,20 @@ def test_gradients_side_by_side_that_have_derivatives_themselves():
     assert torch.equal(given.grad.view_as(weight), weight)
 
 
+def test_a_batch_of_gradients():
+    qkv, given = leaf(1, 3, 12), leaf(5, 1, 3, 2, 2, seed=1).detach()
+    grads = torch.autograd.grad(sum(ops.split_heads(qkv, 2)), qkv, given, is_grads_batched=True)[0]
+    assert torch.equal(grads.view(5, 1, 3, 3, 2, 2), given.unsqueeze(3).expand(5, 1, 3, 3, 2, 2))
+    found, expected = (
+        torch.autograd.grad(ops.causal_attention(*split(qkv, 2)), qkv, given, is_grads_batched=True)[0]
+        for split in (ops.split_heads, plain)
+    )
+    assert torch.equal(found, expected)
+    each = torch.func.vmap(lambda g: torch.autograd.grad(ops.split_heads(qkv, 2), qkv, g.unbind(2))[0])
+    sides = leaf(5, 1, 3, 3, 2, 2).detach()  # side by side
+    assert torch.equal(each(sides), sides.view(5, 1, 3, 12))
+
+
 @needs_extension
 def test_second_derivatives_of_the_compiled_attention_are_refused():
     qkv = leaf(1, 9, 24)
@@ -152,7 +167,7 @@ def test_compiles_once_for_every_length(dynamic):
 
     def count(graph, inputs):
         graphs.append(graph)
-        return graph.forward
+        return make_boxed_func(graph.forward)
 
     compiled = torch.compile(
         lambda x: attention(*ops.split_heads(x, H)),

@@ -203,9 +203,11 @@ class _SplitHeads(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         B, T, H, D = grads[0].shape
         whole = (B, T, 3 * H * D)
-        one = len({grad.untyped_storage().data_ptr() for grad in grads}) == 1
-        if one and _is_packed(*grads) and not torch.is_grad_enabled():  # enabled: the view has no derivative by k and v
-            return grads[0].as_strided(whole, (T * 3 * H * D, 3 * H * D, 1)), None
+        # A view that begins at the first gradient has no derivative by the others; vmap's tensors have no storage.
+        if not torch.is_grad_enabled() and all(map(torch._C._has_storage, grads)) and _is_packed(*grads):
+            storages = {grad.untyped_storage().data_ptr() for grad in grads}
+            if len(storages) == 1:
+                return grads[0].as_strided(whole, (T * 3 * H * D, 3 * H * D, 1)), None
         return torch.stack(grads, 2).view(whole), None
 
 
