@@ -102,13 +102,12 @@ struct TileStep {
   float scale[2];  // by what to multiply the scores of each half of the queries
 };
 
-// The largest scores of a step's queries.
+// The largest scores of a step's queries, of no scores at first.
 struct Largest {
-  const float* scores = nullptr;
-  int64_t tiles = 0;  // pairs of tiles still to be taken, one pair at a time
-  vf top[8];          // four for each half of the queries, that do not wait for each other
+  const float* scores;
+  int64_t tiles;  // pairs of tiles still to be taken, one pair at a time
+  vf top[8];      // four for each half of the queries, that do not wait for each other
 
-  Largest() = default;
   Largest(const float* of, int64_t count) : scores(of), tiles(count) {
     for (vf& x : top) x = splat(-std::numeric_limits<float>::infinity());
   }
@@ -120,6 +119,10 @@ struct Largest {
       x = vmax(load(scores + i * kSide), x);
     }
     scores += 2 * kTile, --tiles;
+  }
+  Largest& take_rest() {
+    while (tiles > 0) take();
+    return *this;
   }
   __attribute__((always_inline)) vf of_half(int half) const {
     const vf* x = top + half * 4;
@@ -263,11 +266,9 @@ inline void TiledForward::compute_scores(const TileStep& step) {
 // Meanwhile it takes the largest scores of the next step.
 inline Largest TiledForward::add_to_output(const TileStep& step, const Largest& next) {
   const int64_t slice = step.from / 2;
-  Largest top = multiply_tiles({values + (step.block * tiles * kKeySlices + slice) * kTile, kKeySlices * kTile, kTile,
-                                probabilities + slice * 2 * kTile, output + step.group * tiles * 2 * kTile, tiles},
-                               !step.first, step.to - step.from > 2, next);
-  while (top.tiles) top.take();
-  return top;
+  return multiply_tiles({values + (step.block * tiles * kKeySlices + slice) * kTile, kKeySlices * kTile, kTile,
+                         probabilities + slice * 2 * kTile, output + step.group * tiles * 2 * kTile, tiles},
+                        !step.first, step.to - step.from > 2, next).take_rest();
 }
 
 // Where some query does not see some key: scales the scores, hides those that are not seen, and returns true.
@@ -286,6 +287,7 @@ inline bool TiledForward::mask(const TileStep& step, int half, float* s) const {
   return true;
 }
 
+// Hides what queries do not see. Returns the search for the largest scores, to begin.
 inline Largest TiledForward::mask_scores(TileStep& step) const {
   float* s = scores + step.from * 2 * kTile;
   for (int half = 0; half < 2; ++half)
@@ -355,8 +357,7 @@ inline void TiledForward::attend(Range blocks) {
   step.block = -1;
   next_step(step, blocks);
   compute_scores(step);
-  Largest top = mask_scores(step);
-  while (top.tiles) top.take();
+  Largest top = mask_scores(step).take_rest();
   for (bool more = true; more;) {
     for (int half = 0; half < 2; ++half) raise_largest(step, half, top);
     const TileStep now = step;
@@ -369,12 +370,8 @@ inline void TiledForward::attend(Range blocks) {
         shape.dropout.on ? exponentials<true>(now, tile, half, keep) : exponentials<false>(now, tile, half, keep);
       }
     }
-    Largest next;
-    if (more) {
-      compute_scores(step);
-      next = mask_scores(step);
-    }
-    top = add_to_output(now, next);
+    if (more) compute_scores(step);
+    top = add_to_output(now, more ? mask_scores(step) : Largest(nullptr, 0));
   }
 }
 
