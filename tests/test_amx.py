@@ -153,7 +153,9 @@ def run(level, case, dtype=torch.bfloat16):
     B, T, S, H, D, documents, dropout_p = CASES[case]
     q, k, v = (leaf(B, n, H, D, dtype=dtype, seed=i) for i, n in enumerate((T, S, S)))
     if case.endswith("scores"):
-        factor = torch.linspace(0, 8, S, dtype=dtype) if case.startswith("growing") else torch.linspace(8, 0, S, dtype=dtype)
+        factor = (
+            torch.linspace(0, 8, S, dtype=dtype) if case.startswith("growing") else torch.linspace(8, 0, S, dtype=dtype)
+        )
         k = (k * factor[:, None, None]).detach().requires_grad_()
     starts = document_starts(documents, T) if documents else None
     cotangent = leaf(B, T, H, D, dtype=dtype, seed=9).detach()
