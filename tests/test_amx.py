@@ -144,6 +144,7 @@ CASES = {  # B, T, S, H, D, documents, dropout
     "documents": (1, 150, 150, 2, 64, [[17, 40, 1, 31, 61]], 0.0),
     "documents in a cache": (2, 77, 160, 1, 40, [[20, 100, 40], [95, 33, 32]], 0.3),
     "growing scores": (1, 150, 260, 2, 64, None, 0.0),  # later keys have larger ones: what was summed is rescaled
+    "falling scores": (1, 150, 260, 2, 64, None, 0.0),  # the first block of keys has the largest: nothing is
 }
 
 
@@ -151,8 +152,11 @@ def run(level, case, dtype=torch.bfloat16):
     """Output, its logarithm of the sums of exponentials and the three gradients under a level; and the inputs."""
     B, T, S, H, D, documents, dropout_p = CASES[case]
     q, k, v = (leaf(B, n, H, D, dtype=dtype, seed=i) for i, n in enumerate((T, S, S)))
-    if case == "growing scores":
-        k = (k * torch.linspace(0, 8, S, dtype=dtype)[:, None, None]).detach().requires_grad_()
+    if case.endswith("scores"):
+        factor = (
+            torch.linspace(0, 8, S, dtype=dtype) if case.startswith("growing") else torch.linspace(8, 0, S, dtype=dtype)
+        )
+        k = (k * factor[:, None, None]).detach().requires_grad_()
     starts = document_starts(documents, T) if documents else None
     cotangent = leaf(B, T, H, D, dtype=dtype, seed=9).detach()
     backends.extension.set_cpu_capability(level)

@@ -6,7 +6,7 @@
 //
 // A step is 32 queries against up to 64 keys: all that it reads and writes but keys and values stays in the first-level
 // cache. Products and exponentials take turns: tiles multiply on the port of one of the two vector units, and mixing both
-// more finely gains nothing.
+// more finely gains nothing. But comparisons, which wait for loads, are hidden between the rows of a product.
 
 namespace pygpt::PYGPT_ISA {
 
@@ -26,8 +26,13 @@ struct TileProduct {
   int64_t rows;
 };
 
-template <bool ADD, bool TWO>
-static void multiply_tiles(const TileProduct& p) {
+// Other work of a product's time: take() after each row of tiles. This is none.
+struct Nothing {
+  void take() {}
+};
+
+template <bool ADD, bool TWO, class Between>
+static Between multiply_tiles(const TileProduct& p, Between between) {
   tile_load<0>(p.b, 64);
   tile_load<1>(p.b + kTile, 64);
   if constexpr (TWO) {
@@ -54,14 +59,15 @@ static void multiply_tiles(const TileProduct& p) {
     }
     tile_store<6>(c, 64);
     tile_store<7>(c + kTile, 64);
+    between.take();
   }
+  return between;
 }
 
-static void multiply_tiles(const TileProduct& p, bool add, bool two) {
-  if (add)
-    two ? multiply_tiles<true, true>(p) : multiply_tiles<true, false>(p);
-  else
-    two ? multiply_tiles<false, true>(p) : multiply_tiles<false, false>(p);
+template <class Between = Nothing>
+static Between multiply_tiles(const TileProduct& p, bool add, bool two, const Between& between = {}) {
+  if (add) return two ? multiply_tiles<true, true>(p, between) : multiply_tiles<true, false>(p, between);
+  return two ? multiply_tiles<false, true>(p, between) : multiply_tiles<false, false>(p, between);
 }
 
 // --- softmax -------------------------------------------------------------------------------------------------------
@@ -96,6 +102,34 @@ struct TileStep {
   float scale[2];  // by what to multiply the scores of each half of the queries
 };
 
+// The largest scores of a step's queries, of no scores at first.
+struct Largest {
+  const float* scores;
+  int64_t tiles;  // pairs of tiles still to be taken, one pair at a time
+  vf top[8];      // four for each half of the queries, that do not wait for each other
+
+  Largest(const float* of, int64_t count) : scores(of), tiles(count) {
+    for (vf& x : top) x = splat(-std::numeric_limits<float>::infinity());
+  }
+  __attribute__((always_inline)) void take() {
+    if (tiles == 0) return;
+#pragma GCC unroll 32
+    for (int i = 0; i < 2 * kSide; ++i) {
+      vf& x = top[i / kSide * 4 + i % 4];
+      x = vmax(load(scores + i * kSide), x);
+    }
+    scores += 2 * kTile, --tiles;
+  }
+  Largest& take_rest() {
+    while (tiles > 0) take();
+    return *this;
+  }
+  __attribute__((always_inline)) vf of_half(int half) const {
+    const vf* x = top + half * 4;
+    return vmax(vmax(x[0], x[1]), vmax(x[2], x[3]));
+  }
+};
+
 // The state of one thread: a head's keys and values, a block of queries, and the step under way.
 struct TiledForward {
   const AttentionShape& shape;
@@ -126,10 +160,10 @@ struct TiledForward {
   void pack_queries(int64_t first);
   bool next_step(TileStep& step, Range blocks) const;
   void compute_scores(const TileStep& step);
-  void add_to_output(const TileStep& step);
+  Largest mask_scores(TileStep& step) const;
+  Largest add_to_output(const TileStep& step, const Largest& next);
   bool mask(const TileStep& step, int half, float* s) const;
-  vf raise_largest(TileStep& step, int half);
-  void rescale(const TileStep& step, vf a, vf b);
+  void raise_largest(const TileStep& step, int half, const Largest& top);
   template <bool DROPOUT>
   void exponentials(const TileStep& step, int64_t tile, int half, const __mmask16* keep);
   void attend(Range blocks);
@@ -229,11 +263,12 @@ inline void TiledForward::compute_scores(const TileStep& step) {
                     step.to - step.from}, i > 0, i + 1 < depth);
 }
 
-inline void TiledForward::add_to_output(const TileStep& step) {
+// Meanwhile it takes the largest scores of the next step.
+inline Largest TiledForward::add_to_output(const TileStep& step, const Largest& next) {
   const int64_t slice = step.from / 2;
-  multiply_tiles({values + (step.block * tiles * kKeySlices + slice) * kTile, kKeySlices * kTile, kTile,
-                  probabilities + slice * 2 * kTile, output + step.group * tiles * 2 * kTile, tiles},
-                 !step.first, step.to - step.from > 2);
+  return multiply_tiles({values + (step.block * tiles * kKeySlices + slice) * kTile, kKeySlices * kTile, kTile,
+                         probabilities + slice * 2 * kTile, output + step.group * tiles * 2 * kTile, tiles},
+                        !step.first, step.to - step.from > 2, next).take_rest();
 }
 
 // Where some query does not see some key: scales the scores, hides those that are not seen, and returns true.
@@ -252,39 +287,27 @@ inline bool TiledForward::mask(const TileStep& step, int half, float* s) const {
   return true;
 }
 
-// The queries' largest score becomes that with this step's. Returns by what to multiply what is summed so far.
-inline vf TiledForward::raise_largest(TileStep& step, int half) {
-  float* s = scores + (step.from * 2 + half) * kTile;
-  if (mask(step, half, s)) step.scale[half] = 1;
-  vf top[8];  // maxima that do not wait for each other
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) top[i] = splat(-std::numeric_limits<float>::infinity());
-  for (int64_t tile = step.from; tile < step.to; ++tile, s += 2 * kTile)
-#pragma GCC unroll 16
-    for (int i = 0; i < kSide; ++i) top[i % 8] = vmax(load(s + i * kSide), top[i % 8]);
-#pragma GCC unroll 8
-  for (int i = 7; i > 0; --i) top[i / 2] = vmax(top[i / 2], top[i]);
-  float* at = largest + step.group * kQueries + half * kSide;
-  const vf before = load(at);
-  const vf after = vmax(top[0] * step.scale[half], before);
-  store(at, after);
-  const vf factor = vexp2(before - after);
-  float* sum = sums + step.group * kQueries + half * kSide;
-  store(sum, load(sum) * factor);
-  return factor;
+// Hides what queries do not see. Returns the search for the largest scores, to begin.
+inline Largest TiledForward::mask_scores(TileStep& step) const {
+  float* s = scores + step.from * 2 * kTile;
+  for (int half = 0; half < 2; ++half)
+    if (mask(step, half, s + half * kTile)) step.scale[half] = 1;
+  return {s, step.to - step.from};
 }
 
-PYGPT_INLINE bool all_one(vf x) { return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(1), _CMP_NEQ_UQ) == 0; }
-
-// Multiplies the output so far by a for the first half of the queries, by b for the second.
-inline void TiledForward::rescale(const TileStep& step, vf a, vf b) {
-  if (step.first || (all_one(a) && all_one(b))) return;
-  float* o = output + step.group * tiles * 2 * kTile;
+// Largest scores and sums of half of the queries rise to this step's reference; what was summed so far is rescaled.
+inline void TiledForward::raise_largest(const TileStep& step, int half, const Largest& top) {
+  const int64_t at = step.group * kQueries + half * kSide;
+  const vf before = load(largest + at), after = vmax(top.of_half(half) * step.scale[half], before);
+  if (_mm512_cmp_ps_mask((__m512)after, (__m512)before, _CMP_NEQ_UQ) == 0) return;
+  const vf factor = vexp2(before - after);
+  store(largest + at, after);
+  store(sums + at, load(sums + at) * factor);
+  if (step.first) return;
+  float* o = output + (step.group * tiles * 2 + half) * kTile;
   for (int64_t d = 0; d < shape.D; d += kSide, o += 2 * kTile)
-    for (int i = 0; i < kSide; ++i) {
-      store(o + i * kSide, load(o + i * kSide) * a);
-      store(o + kTile + i * kSide, load(o + kTile + i * kSide) * b);
-    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kSide; ++i) store(o + i * kSide, load(o + i * kSide) * factor);
 }
 
 // Scores of a tile of keys and half of the queries -> probabilities, unnormalised.
@@ -331,12 +354,12 @@ static void dropout_keep_by_key(const Dropout& dropout, int64_t head, int64_t qu
 inline void TiledForward::attend(Range blocks) {
   for (int64_t i = 0; i < kBlock; ++i) largest[i] = std::numeric_limits<float>::lowest(), sums[i] = 0;
   TileStep step = {};
-  vf factor[2];
   step.block = -1;
   next_step(step, blocks);
   compute_scores(step);
+  Largest top = mask_scores(step).take_rest();
   for (bool more = true; more;) {
-    for (int half = 0; half < 2; ++half) factor[half] = raise_largest(step, half);
+    for (int half = 0; half < 2; ++half) raise_largest(step, half, top);
     const TileStep now = step;
     more = next_step(step, blocks);
     for (int half = 0; half < 2; ++half) {
@@ -348,8 +371,7 @@ inline void TiledForward::attend(Range blocks) {
       }
     }
     if (more) compute_scores(step);
-    rescale(now, factor[0], factor[1]);
-    add_to_output(now);
+    top = add_to_output(now, more ? mask_scores(step) : Largest(nullptr, 0));
   }
 }
 
