@@ -8,7 +8,7 @@
 #include "cpu/tensor.h"
 
 #define PYGPT_KERNELS_FOR_AMX
-#define PYGPT_KERNELS "cpu/attention_backward_kernel.h"
+#define PYGPT_KERNELS "cpu/attention_kernels.h"
 #include "cpu/foreach_isa.h"
 
 namespace pygpt {

@@ -446,7 +446,7 @@ template <class T>
 void attention_backward(const AttentionShape& shape, const BackwardInputs<T>& in, const BackwardOutputs<T>& out,
                         float* workspace, int64_t head, Range key_blocks, Range query_blocks) {
   const TileBuffers w = lay_out_tiles(shape, workspace);
-  [[maybe_unused]] const TileScope tiles;
+  const TileScope tiles;
   constexpr int64_t per_block = kBlock / kStep;
   const Range keys = {key_blocks.begin * kBlock, smaller(shape.S, key_blocks.end * kBlock)};
   const Range seeing = {larger(query_blocks.begin, shape.first_query_block(key_blocks.begin)),

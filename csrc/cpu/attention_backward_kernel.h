@@ -7,12 +7,6 @@
 // A block's sums run over the other blocks in ascending order, whichever range a call is given: hence the same bits
 // however the work is divided.
 
-#include "cpu/attention_decode_kernel.h"
-
-#ifdef PYGPT_AMX  // it has a kernel of its own
-#include "cpu/attention_amx_backward.h"
-#else
-
 namespace pygpt::PYGPT_ISA {
 
 // Where the parts of the workspace lie. rows: first operands (T x width / kPair); summed: second operands.
@@ -249,5 +243,3 @@ void attention_backward(const AttentionShape& shape, const BackwardInputs<T>& in
 }
 
 }  // namespace pygpt::PYGPT_ISA
-
-#endif  // PYGPT_AMX

@@ -1,8 +1,6 @@
 // Causal attention for a few queries against many keys (decoding with a KV cache), for one instruction set. Keys and
 // values are read once, where they lie; the work is split over chunks of keys as in Flash-Decoding (Dao et al., 2023).
 
-#include "cpu/attention_kernel.h"
-
 namespace pygpt::PYGPT_ISA {
 
 // Rows of a cache lie far apart, where the processor's own prefetching does not follow: keys are asked for this many

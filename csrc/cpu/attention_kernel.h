@@ -4,12 +4,7 @@
 //
 // Scores are kept in units of log2: s = scale * log2(e) * q.k, probabilities are 2^(s - max). Sums are float32.
 
-#include "cpu/philox.h"
-#include "cpu/attention_tile.h"
-
 namespace pygpt::PYGPT_ISA {
-
-constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
 // The exponential of the softmax: bfloat16 products round probabilities to 8 bits, so 3e-6 is exact enough there.
 template <class T>
@@ -220,7 +215,3 @@ void attention_forward(const AttentionShape& shape, HeadView<const T> q, HeadVie
 }
 
 }  // namespace pygpt::PYGPT_ISA
-
-#ifdef PYGPT_AMX
-#include "cpu/attention_amx_forward.h"
-#endif

@@ -13,45 +13,17 @@ template <>
 constexpr int kPair<bf16> = 2;
 #endif
 
-// Whether the products are those of AMX tiles (attention_amx.h): 16 rows at a time, sums in steps of 16 units.
-template <class T>
-constexpr bool kTiles = false;
-#ifdef PYGPT_AMX
-template <>
-constexpr bool kTiles<bf16> = true;
-#endif
-
 // The register block of a product: rows times vectors of accumulators.
-#ifdef PYGPT_AMX
-constexpr int kRows = 16;
-#else
 constexpr int kRows = PYGPT_LANES == 16 ? 8 : 4;
 constexpr int kVectors = 2;
-#endif
 
 constexpr int64_t kBlock = kAttentionBlock;
-
-// Where a sum over keys or queries may begin and end: with tiles after whole steps, 16 units of two.
-template <class T>
-constexpr int64_t kSumStep = kTiles<T> ? 32 : kLanes;
-
+constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
 // --- products ------------------------------------------------------------------------------------------------------
 
 // What becomes of a product: c = ab, c = factor[0] ab, c = c + ab, or row by row c[r] = factor[r] c[r] + (ab)[r].
 enum class Into { assign, scale, add, rescale };
-
-#ifdef PYGPT_AMX
-
-}  // namespace pygpt::PYGPT_ISA
-
-#include "cpu/attention_amx.h"
-
-namespace pygpt::PYGPT_ISA {
-
-#else
-
-struct TileScope {};
 
 template <int PAIR>
 PYGPT_INLINE vf multiply_add(vf sum, const float* a, vf b) {
@@ -106,7 +78,6 @@ PYGPT_INLINE void product(const float* a, int64_t lda, const float* b, int64_t l
     product_block<PAIR, ACROSS, INTO, kVectors>(a, lda, b + at, ldb, c + at, ldc, k, factor);
   for (; at < columns; at += kLanes) product_block<PAIR, ACROSS, INTO, 1>(a, lda, b + at, ldb, c + at, ldc, k, factor);
 }
-#endif  // PYGPT_AMX
 
 // --- packing -------------------------------------------------------------------------------------------------------
 
@@ -148,8 +119,7 @@ PYGPT_INLINE vf load_pair_of_rows(const T* even, const T* odd, int64_t n) {
   return (vf)(__builtin_convertvector(low, vu) | __builtin_convertvector(high, vu) << 16);
 }
 
-// Rows as the second operand of a product that sums over them: (rows / kPair x width units). With tiles, zeros follow
-// up to the end of a step.
+// Rows as the second operand of a product that sums over them: (rows / kPair x width units).
 template <class T>
 static void pack_summed_rows(const T* from, int64_t stride, int64_t rows, int64_t D, int64_t width, float* to) {
   if constexpr (kPair<T> == 1) {
@@ -158,8 +128,6 @@ static void pack_summed_rows(const T* from, int64_t stride, int64_t rows, int64_
     for (int64_t r = 0; r < rows; r += 2, from += 2 * stride)
       for (int64_t d = 0; d < width; d += kLanes, to += kLanes)
         store(to, load_pair_of_rows(from + d, r + 1 < rows ? from + stride + d : nullptr, D - d));
-    if constexpr (kTiles<T>)
-      std::memset(to, 0, (round_up(rows, kSumStep<T>) - round_up(rows, 2)) / 2 * width * sizeof(float));
   }
 }
 

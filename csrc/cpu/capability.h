@@ -34,7 +34,7 @@ std::vector<std::string> available_capabilities();
 }  // namespace pygpt
 
 // The variant of a kernel for the level in use. Kernels are compiled once per level, each in a namespace of its own:
-// see foreach_isa.h. AMX has a variant of bfloat16 attention alone, which attention.cpp picks by itself, and is left out
+// see foreach_isa.h. AMX has variants of bfloat16 attention and products alone, which their files pick by themselves; left out
 // where the assembler does not know it.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define PYGPT_X86_LEVELS 1

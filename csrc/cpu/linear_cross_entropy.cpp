@@ -54,7 +54,8 @@ double chunk(const Head& head, const Tensor& like, const int64_t* targets, int64
   MatmulOut out{T, V, Finish::statistics};
   out.targets = targets, out.largest = statistics.data();
   out.sum = out.largest + blocks * T, out.of_target = out.sum + blocks * T;
-  multiply(hidden, {head.weight, {1, C}}, C, out, like);
+  Workspace workspace(like);
+  multiply(hidden, {head.weight, {1, C}}, C, out, workspace);
   const double loss = log_sums(out, blocks, head.factor, log_sum, at_target);
   if (!head.grad_hidden && !head.grad_weight) return loss;
 
@@ -69,16 +70,16 @@ double chunk(const Head& head, const Tensor& like, const int64_t* targets, int64
     MatmulOut logits{T, here, Finish::gradient, gradient, stride};
     logits.first_column = v, logits.targets = targets, logits.log_sum = log_sum;
     logits.at_target = at_target, logits.factor = head.factor;
-    multiply(hidden, {weight, {1, C}}, C, logits, like);
+    multiply(hidden, {weight, {1, C}}, C, logits, workspace);
     if (head.grad_hidden) {
       const MatmulOut to{T, C, Finish::round, head.grad_hidden, C};
-      multiply({gradient, {1, stride}}, {weight, {C, 1}}, here, to, like, sums.mutable_data_ptr<float>(), v == 0,
+      multiply({gradient, {1, stride}}, {weight, {C, 1}}, here, to, workspace, sums.mutable_data_ptr<float>(), v == 0,
                v + here == V);
     }
     if (head.grad_weight) {
       MatmulOut to{here, C, Finish::round, head.grad_weight + v * C, C};
       to.add = add;
-      multiply({gradient, {stride, 1}}, {head.hidden, {C, 1}}, T, to, like);
+      multiply({gradient, {stride, 1}}, {head.hidden, {C, 1}}, T, to, workspace);
     }
   }
   return loss;
@@ -110,12 +111,15 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(Tensor hidden, Tensor we
   Tensor loss = new_empty(hidden, {}, ScalarType::Float);
   Tensor grad_hidden = new_empty(hidden, {need_hidden ? N : 0, C}, ScalarType::BFloat16);
   Tensor grad_weight = new_empty(hidden, {need_weight ? V : 0, C}, ScalarType::BFloat16);
-  const auto at = [&](Tensor& x, bool need, int64_t row) { return need ? static_cast<bf16*>(x.mutable_data_ptr()) + row * C : nullptr; };
+  const auto at = [&](Tensor& x, bool need, int64_t row) {
+    return need ? static_cast<bf16*>(x.mutable_data_ptr()) + row * C : nullptr;
+  };
+  const bf16* of_weight = static_cast<const bf16*>(weight.const_data_ptr());
   double total = 0;
   const int64_t chunks = (N + kTokens - 1) / kTokens, length = matmul_panels((N + chunks - 1) / chunks) * kMatmulPanel;
   for (int64_t n = 0; n < N; n += length) {
-    const Head head{static_cast<const bf16*>(hidden.const_data_ptr()) + n * C, static_cast<const bf16*>(weight.const_data_ptr()),
-                    V, C, at(grad_hidden, need_hidden, n), at(grad_weight, need_weight, 0),
+    const bf16* of_hidden = static_cast<const bf16*>(hidden.const_data_ptr()) + n * C;
+    const Head head{of_hidden, of_weight, V, C, at(grad_hidden, need_hidden, n), at(grad_weight, need_weight, 0),
                     1.0f / static_cast<float>(std::max<int64_t>(count, 1))};
     total += chunk(head, hidden, of_tokens.data() + n, std::min(length, N - n), n > 0);
   }

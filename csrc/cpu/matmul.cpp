@@ -36,7 +36,7 @@ int64_t largest_block(int64_t k) {  // in panels of k
 
 int64_t statistics_block(int64_t K) { return largest_block(part_of(K)) * kMatmulPanel; }
 
-void multiply(const MatmulOperand& left, const MatmulOperand& right, int64_t K, const MatmulOut& out, const Tensor& like,
+void multiply(const MatmulOperand& left, const MatmulOperand& right, int64_t K, const MatmulOut& out, Workspace& workspace,
               float* sums, bool first, bool last) {
   // The smaller operand is shared; but rather long rows of the result from each block than short ones.
   const bool left_is_block = out.finish == Finish::round && out.rows >= 2 * out.columns;
@@ -52,9 +52,8 @@ void multiply(const MatmulOperand& left, const MatmulOperand& right, int64_t K, 
   const bool across = sums || K > k_part, own_sums = across && !sums;
 
   const int64_t per_part = in_block * (size / 2 + (across ? 0 : kMatmulSums));  // in floats
-  Tensor space = new_empty(
-      like, {parts * per_part + shared_panels * size / 2 + (own_sums ? panels * shared_panels * kMatmulSums : 0)}, ScalarType::Float);
-  float* base = space.mutable_data_ptr<float>();
+  float* base = workspace.floats(parts * per_part + shared_panels * size / 2 +
+                                 (own_sums ? panels * shared_panels * kMatmulSums : 0));
   bf16* packed = reinterpret_cast<bf16*>(base + parts * per_part);
   if (own_sums) sums = base + parts * per_part + shared_panels * size / 2;
   for (int64_t k = 0; k < K; k += k_part) {
@@ -69,7 +68,8 @@ void multiply(const MatmulOperand& left, const MatmulOperand& right, int64_t K, 
         for (int64_t item = items * part / parts; item < items * (part + 1) / parts; ++item) {
           const int64_t from = item * in_block * kMatmulPanel, to = std::min(count, from + in_block * kMatmulPanel);
           bf16* block = reinterpret_cast<bf16*>(base + part * per_part);
-          float* of_block = across ? sums + item * in_block * shared_panels * kMatmulSums : base + part * per_part + in_block * size / 2;
+          float* of_block = across ? sums + item * in_block * shared_panels * kMatmulSums
+                                   : base + part * per_part + in_block * size / 2;
           amx::matmul_pack(blocks.data + k * blocks.strides.k + from * blocks.strides.free, blocks.strides, left_is_block,
                            to - from, here, block);
           amx::matmul_block(out, left_is_block, block, item, from, to, packed, here, of_block, across, first && k == 0,
@@ -112,7 +112,8 @@ void check(const char* op, const Tensor& a, const Tensor& b) {
 void run(Tensor a, Tensor b, const bf16* bias, bool add, Tensor& out) {
   MatmulOut to{out.size(0), out.size(1)};
   to.data = static_cast<bf16*>(out.mutable_data_ptr()), to.stride = out.stride(0), to.bias = bias, to.add = add;
-  if (to.rows && to.columns) multiply(operand(a, 0), operand(b, 1), a.size(1), to, out);
+  Workspace workspace(out);
+  if (to.rows && to.columns) multiply(operand(a, 0), operand(b, 1), a.size(1), to, workspace);
 }
 
 Tensor matmul(Tensor a, Tensor b, std::optional<Tensor> bias) {
@@ -141,7 +142,7 @@ void add_matmul_(Tensor out, Tensor a, Tensor b) {
 
 int64_t statistics_block(int64_t) { return 1; }
 
-void multiply(const MatmulOperand&, const MatmulOperand&, int64_t, const MatmulOut&, const Tensor&, float*, bool, bool) {}
+void multiply(const MatmulOperand&, const MatmulOperand&, int64_t, const MatmulOut&, Workspace&, float*, bool, bool) {}
 
 bool multiply_few_rows(const bf16*, int64_t, int64_t, const bf16*, int64_t, const bf16*, bf16*) { return false; }
 

@@ -49,13 +49,29 @@ struct MatmulOut {
   float factor = 1;                               // of the gradient
 };
 
+// Memory for packed operands and sums, which grows as calls need it and is kept from one to the next: fresh memory would cost
+// page faults each time.
+class Workspace {
+ public:
+  explicit Workspace(const Tensor& like) : like_(like) {}
+
+  float* floats(int64_t count) {
+    if (!space_ || space_->numel() < count) space_ = new_empty(like_, {count}, ScalarType::Float);
+    return space_->mutable_data_ptr<float>();
+  }
+
+ private:
+  Tensor like_;
+  std::optional<Tensor> space_;
+};
+
 // Columns of a block of `statistics`: they depend on nothing but K.
 int64_t statistics_block(int64_t K);
 
 // left (rows x K) times right (K x columns), by AMX tiles. `sums`: where sums wait for the next call, which goes on with
 // them unless it is the `first`; they are finished in the `last`. rows x columns, each rounded up to whole panels; null where
 // there is but one call.
-void multiply(const MatmulOperand& left, const MatmulOperand& right, int64_t K, const MatmulOut& out, const Tensor& like,
+void multiply(const MatmulOperand& left, const MatmulOperand& right, int64_t K, const MatmulOut& out, Workspace& workspace,
               float* sums = nullptr, bool first = true, bool last = true);
 
 // x (rows x K) times weight (N x K) transposed + bias -> y (rows x N), all contiguous, at the pace of reading weight. Whether
