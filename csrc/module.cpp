@@ -8,6 +8,7 @@
 #endif
 
 #include "cpu/capability.h"
+#include "cpu/tensor.h"
 
 namespace {
 
@@ -15,7 +16,8 @@ namespace {
 // page faults of tensors that it allocates afresh. Returns whether this C library has the settings.
 bool tune_allocator() {
 #ifdef __GLIBC__
-  return mallopt(M_MMAP_THRESHOLD, 1 << 30) && mallopt(M_TRIM_THRESHOLD, 1 << 30);
+  pygpt::keeps_freed_memory = mallopt(M_MMAP_THRESHOLD, 1 << 30) && mallopt(M_TRIM_THRESHOLD, 1 << 30);
+  return pygpt::keeps_freed_memory;
 #else
   return false;
 #endif
