@@ -1,7 +1,7 @@
 // Products of bfloat16 matrices on processors with AMX: operands, blocks, threads and registration. The arithmetic is
 // matmul_kernel.h.
 //
-// The library's products repack their operands on one thread or miss the caches: bench/LOG.md has the figures. Here the
+// The library is half as fast where it has to turn an operand round: bench/LOG.md has the figures. Here the
 // smaller operand is packed once, by all threads, and read from the last-level cache; of the other each thread packs a block
 // at a time that stays in its second-level cache. Blocks depend on the number of threads, the order of every sum does not.
 
