@@ -1,7 +1,9 @@
 // Linear layers of few rows, and the gradient of a bias, for one instruction set (see foreach_isa.h).
 //
 // Generation multiplies one row, or a few, with every weight: the time is that of reading the weights once, so what counts is
-// that they stream in. Each tile of weight rows is multiplied with all rows of x while it is in the first-level cache.
+// that they stream in. A tile's rows of weight are far apart, each in a page of its own: processors fetch ahead within a page
+// only, and one stream at a time reaches two thirds of what eight do. A tile is multiplied with all rows of x while it is in
+// the first-level cache.
 
 #include "cpu/pair.h"
 
@@ -67,11 +69,11 @@ PYGPT_INLINE vf sum_each(vf* v) {
   return v[0];
 }
 
-// y[m][n] = (x[m] . weight[n]) scale[n] + bias[n] for M rows of x and N of weight, K elements each; scale and bias may be null,
-// and y's rows are y_stride apart. Asks for the memory `ahead` elements further on than the weights.
+// y[m][n] = (x[m] . weight[n]) scale[n] + bias[n] for M rows of x and N of weight, every apart-th one, of K elements each; scale
+// and bias may be null, and y's rows are y_stride apart. Asks for the memory `ahead` elements further on than the weights.
 template <int M, int N, class X, class W, class Y>
-PYGPT_INLINE void linear_tile(const X* x, const W* weight, const float* scale, const Y* bias, Y* y, int64_t K, int64_t y_stride,
-                              int64_t ahead) {
+PYGPT_INLINE void linear_tile(const X* x, const W* weight, const float* scale, const Y* bias, Y* y, int64_t K, int64_t apart,
+                              int64_t y_stride, int64_t ahead) {
   constexpr int64_t kStep = kProductStep<W>;
   constexpr int kVectors = (M * N + kLanes - 1) / kLanes;
   vf sum[kVectors * kLanes] = {};
@@ -79,8 +81,9 @@ PYGPT_INLINE void linear_tile(const X* x, const W* weight, const float* scale, c
   for (; k + kStep <= K; k += kStep) {
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
-      if (ahead) __builtin_prefetch(weight + i * K + k + ahead);
-      const auto w = load_operand(weight + i * K + k, kStep);
+      const W* from = weight + i * apart * K + k;
+      if (ahead) __builtin_prefetch(from + ahead);
+      const auto w = load_operand(from, kStep);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) sum[m * N + i] = add_products(sum[m * N + i], load_operand(x + m * K + k, kStep), w);
     }
@@ -88,18 +91,19 @@ PYGPT_INLINE void linear_tile(const X* x, const W* weight, const float* scale, c
   if (k < K) {
     for (int i = 0; i < N; ++i)
       for (int m = 0; m < M; ++m)
-        sum[m * N + i] = add_products(sum[m * N + i], load_operand(x + m * K + k, K - k), load_operand(weight + i * K + k, K - k));
+        sum[m * N + i] =
+            add_products(sum[m * N + i], load_operand(x + m * K + k, K - k), load_operand(weight + i * apart * K + k, K - k));
   }
   Y out[kVectors * kLanes];
   vf factor = splat(1.0f), shift = {};  // N divides kLanes
   if (scale)
-    for (int i = 0; i < kLanes; ++i) factor[i] = scale[i % N];
+    for (int i = 0; i < kLanes; ++i) factor[i] = scale[i % N * apart];
   if (bias)
-    for (int i = 0; i < kLanes; ++i) shift[i] = load(bias + i % N, 1)[0];
+    for (int i = 0; i < kLanes; ++i) shift[i] = load(bias + i % N * apart, 1)[0];
 #pragma GCC unroll 8
   for (int i = 0; i < kVectors; ++i) store(out + i * kLanes, sum_each(sum + i * kLanes) * factor + shift);
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) std::memcpy(y + m * y_stride, out + m * N, N * sizeof(Y));
+  for (int m = 0; m < M; ++m)
+    for (int i = 0; i < N; ++i) y[m * y_stride + i * apart] = out[m * N + i];
 }
 
 template <class T>
@@ -110,21 +114,24 @@ PYGPT_INLINE const T* at(const T* p, int64_t n) {
 // All rows of x by N of weight.
 template <int N, class X, class W, class Y>
 PYGPT_INLINE void linear_rows(const X* x, const W* weight, const float* scale, const Y* bias, Y* y, int64_t rows, int64_t K,
-                              int64_t y_stride, int64_t ahead) {
+                              int64_t apart, int64_t y_stride) {
+  int64_t ahead = 1024 / sizeof(W);  // for the first rows of x; the others find the weights in the cache
   for (; rows >= 8; rows -= 8, x += 8 * K, y += 8 * y_stride, ahead = 0) {
     constexpr int kPair = N % 2 == 0 ? 2 : 1;
-    for (int i = 0; i < N; i += kPair)
-      linear_tile<8, kPair>(x, weight + i * K, at(scale, i), at(bias, i), y + i, K, y_stride, ahead);
+    for (int64_t i = 0, n = 0; i < N; i += kPair, n += kPair * apart)
+      linear_tile<8, kPair>(x, weight + n * K, at(scale, n), at(bias, n), y + n, K, apart, y_stride, ahead);
   }
   if (rows >= 4) {
-    linear_tile<4, N>(x, weight, scale, bias, y, K, y_stride, ahead);
+    constexpr int kMost = N < 4 ? N : 4;  // of a tile whose sums are to stay in registers
+    for (int64_t i = 0, n = 0; i < N; i += kMost, n += kMost * apart)
+      linear_tile<4, kMost>(x, weight + n * K, at(scale, n), at(bias, n), y + n, K, apart, y_stride, ahead);
     rows -= 4, x += 4 * K, y += 4 * y_stride, ahead = 0;
   }
   if (rows >= 2) {
-    linear_tile<2, N>(x, weight, scale, bias, y, K, y_stride, ahead);
+    linear_tile<2, N>(x, weight, scale, bias, y, K, apart, y_stride, ahead);
     rows -= 2, x += 2 * K, y += 2 * y_stride, ahead = 0;
   }
-  if (rows) linear_tile<1, N>(x, weight, scale, bias, y, K, y_stride, ahead);
+  if (rows) linear_tile<1, N>(x, weight, scale, bias, y, K, apart, y_stride, ahead);
 }
 
 // x (rows, K), weight (columns, K), scale and bias (columns) or null -> y, `columns` wide, its rows y_stride apart. X and Y are
@@ -132,12 +139,13 @@ PYGPT_INLINE void linear_rows(const X* x, const W* weight, const float* scale, c
 template <class X, class W, class Y>
 void linear_few_rows(const X* x, const W* weight, const float* scale, const Y* bias, Y* y, int64_t rows, int64_t columns, int64_t K,
                      int64_t y_stride) {
-  // A tile and the next one share the first-level cache: half of 48 KB for each.
-  const int64_t ahead = 4 * K * static_cast<int64_t>(sizeof(W)) <= 24 << 10 ? 4 * K : 0;
+  constexpr int kStreams = kLanes == 16 ? 8 : 4;  // as many as leave registers for two rows of x
+  const int64_t apart = columns / kStreams;
   int64_t n = 0;
-  for (; n + 4 <= columns; n += 4)
-    linear_rows<4>(x, weight + n * K, at(scale, n), at(bias, n), y + n, rows, K, y_stride, ahead);
-  for (; n < columns; ++n) linear_rows<1>(x, weight + n * K, at(scale, n), at(bias, n), y + n, rows, K, y_stride, 0);
+  for (; n < apart; ++n)
+    linear_rows<kStreams>(x, weight + n * K, at(scale, n), at(bias, n), y + n, rows, K, apart, y_stride);
+  for (n = kStreams * apart; n < columns; ++n)
+    linear_rows<1>(x, weight + n * K, at(scale, n), at(bias, n), y + n, rows, K, 1, y_stride);
 }
 
 constexpr int kAddedRows = 16;  // at a time, so that sums, in the first-level cache, are seldom written
