@@ -64,21 +64,26 @@ class Sampling:
     def greedy(self) -> bool:
         return self.temperature < 1e-6  # dividing by less overflows float32; the result is the same
 
+    def _likeliest(self, logits: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """logits (B, V) -> the same in float32, penalised, and of each row the largest, (B,), and its token, (B,) int64."""
+        logits = logits.float()
+        if seen is not None and self.repetition_penalty != 1:
+            penalised = torch.where(logits < 0, logits * self.repetition_penalty, logits / self.repetition_penalty)
+            logits = torch.where(seen, penalised, logits)
+        largest, token = logits.max(-1)
+        if not largest.isfinite().all():
+            raise InputError("the model's logits are not finite numbers: its weights are damaged, or training diverged")
+        return logits, largest, token
+
     def probabilities(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
         """The distribution that tokens are drawn from: logits (B, V) -> (B, V) float32, rows sum to 1.
 
         seen: bool (B, V), the tokens that repetition_penalty is about. Raises InputError for logits that are NaN or inf.
         """
-        logits = logits.float()
-        if seen is not None and self.repetition_penalty != 1:
-            penalised = torch.where(logits < 0, logits * self.repetition_penalty, logits / self.repetition_penalty)
-            logits = torch.where(seen, penalised, logits)
-        likeliest = logits.amax(-1, keepdim=True)
-        if not likeliest.isfinite().all():
-            raise InputError("the model's logits are not finite numbers: its weights are damaged, or training diverged")
+        logits, largest, likeliest = self._likeliest(logits, seen)
         if self.greedy:
-            return F.one_hot(logits.argmax(-1), logits.shape[1]).float()
-        logits = (logits - likeliest) / self.temperature
+            return F.one_hot(likeliest, logits.shape[1]).float()
+        logits = (logits - largest[:, None]) / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[1]:
             logits = logits.masked_fill(logits < logits.topk(self.top_k).values[:, -1:], -math.inf)
         p = logits.softmax(-1)
@@ -89,9 +94,9 @@ class Sampling:
 
     def sample(self, logits: Tensor, uniform: Tensor, seen: Tensor | None = None) -> Tensor:
         """Draw a token per row of logits (B, V) -> (B,) int64, a function of numbers in [0, 1): uniform, float64 (B,)."""
-        p = self.probabilities(logits, seen)
         if self.greedy:
-            return p.argmax(-1)
+            return self._likeliest(logits, seen)[2]
+        p = self.probabilities(logits, seen)
         # The first token at which the cumulative probability exceeds the number. In float64 (which MPS does not have)
         # every token can be hit, and none whose probability is 0.
         cumulative = (p.cpu() if p.device.type == "mps" else p).double().cumsum(-1)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pygpt import ops
 from pygpt.errors import InputError
+from pygpt.ops.decode_block import decode_block, decodes_blocks
 from pygpt.ops.embedding import tied_embedding
 
 if TYPE_CHECKING:
@@ -105,11 +106,16 @@ class KVCache:
     def capacity(self) -> int:
         return self.k.shape[2]
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, T, H, D) of the new tokens of the first B rows; return those of all their tokens, (B, S, H, D)."""
-        rows, end = k.shape[0], self.length + k.shape[1]
+    def check_room(self, tokens: int) -> int:
+        """The number of tokens once there are so many more. Raises InputError where they do not fit."""
+        end = self.length + tokens
         if end > self.capacity:
             raise InputError(f"the KV cache holds {self.capacity} tokens; {end} do not fit")
+        return end
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, T, H, D) of the new tokens of the first B rows; return those of all their tokens, (B, S, H, D)."""
+        rows, end = k.shape[0], self.check_room(k.shape[1])
         self.k[layer, :rows, self.length : end] = k
         self.v[layer, :rows, self.length : end] = v
         return self.k[layer, :rows, :end], self.v[layer, :rows, :end]
@@ -177,7 +183,32 @@ class Block(nn.Module):
         document_start: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x: output of the layer before, not yet added to `residual` (None at the start) -> the same pair, one block on."""
+        if cache is not None and (parameters := self._to_decode(x)):
+            cache.check_room(x.shape[1])
+            k, v, layer, eps = cache.k, cache.v, self.attn.layer, self.ln_1.eps
+            return decode_block(x, residual, *parameters, k, v, layer, cache.length, eps, document_start)
         x, residual = self.ln_1(x, residual)
         x = self.attn(x, cache, document_start)
         x, residual = self.ln_2(x, residual)
         return self.mlp(x), residual
+
+    def _to_decode(self, x: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]] | None:
+        """This block's parameters for `decode_block`, or None where that cannot take the place of its modules."""
+        attn, mlp = self.attn, self.mlp
+        if self.training or not decodes_blocks(x, x.shape[-1] // attn.n_head):
+            return None
+        norms, linears = [self.ln_1, self.ln_2], [attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj]
+        kind = type(attn.c_attn)
+        if kind not in (Linear, Int8Linear) or any(type(linear) is not kind for linear in linears):
+            return None  # LoRA's, for example
+        for module in (attn, mlp, *norms, *linears):
+            # Nobody's hooks, nor a forward of their own on one module, are passed over.
+            if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+                return None
+        biases = [module.bias for module in (*norms, *linears) if module.bias is not None]
+        weights = [module.weight for module in (*norms, *linears)]
+        floating = weights + biases if kind is Linear else weights[:2] + biases
+        if len(biases) not in (0, 6) or any(p.dtype != x.dtype or not p.is_contiguous() for p in floating):
+            return None
+        scales = [linear.scale for linear in linears] if kind is Int8Linear else []
+        return weights[:2] + biases[:2], weights[2:] + biases[2:], scales

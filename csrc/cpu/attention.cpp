@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "cpu/tensor.h"
+#include "cpu/operators.h"
 
 #define PYGPT_KERNELS_FOR_AMX
 #define PYGPT_KERNELS "cpu/attention_kernels.h"
@@ -173,6 +173,8 @@ void decode(const AttentionShape& shape, const Tensor& q, const Tensor& k, const
   PYGPT_DISPATCH_PRODUCTS(attention_decode_join<T>)(shape, base, out, lse, 0, heads);
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> causal_attention_forward(Tensor q, Tensor k, Tensor v, double scale, double dropout_p,
                                                     std::optional<Tensor> seed,
                                                     std::optional<Tensor> document_start) {
@@ -189,6 +191,8 @@ std::tuple<Tensor, Tensor> causal_attention_forward(Tensor q, Tensor k, Tensor v
   if (lse.numel()) q.scalar_type() == ScalarType::Float ? run(float{}) : run(bf16{});
   return {out, lse};
 }
+
+namespace {
 
 // Whole heads in parallel, five products per tile; or, where that would leave threads idle, blocks of keys and then
 // blocks of queries, seven products per tile. The bits are the same: see attention_backward_kernel.h.

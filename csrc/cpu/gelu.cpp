@@ -1,6 +1,6 @@
 // gelu on the CPU: checks, threads and registration. The arithmetic is gelu_kernel.h.
 
-#include "cpu/tensor.h"
+#include "cpu/operators.h"
 
 #define PYGPT_KERNELS "cpu/gelu_kernel.h"
 #include "cpu/foreach_isa.h"
@@ -16,6 +16,8 @@ void check(const Tensor& x, const char* op) {
               ": x must be float32 or bfloat16");
 }
 
+}  // namespace
+
 Tensor gelu_forward(Tensor x) {
   check(x, "gelu_forward");
   x = as_contiguous(x);
@@ -30,6 +32,8 @@ Tensor gelu_forward(Tensor x) {
   x.scalar_type() == ScalarType::Float ? run(float{}) : run(bf16{});
   return y;
 }
+
+namespace {
 
 Tensor gelu_backward(Tensor grad, Tensor x) {
   check(x, "gelu_backward");

@@ -4,7 +4,7 @@
 #include <memory>
 #include <vector>
 
-#include "cpu/tensor.h"
+#include "cpu/operators.h"
 
 #define PYGPT_KERNELS "cpu/layer_norm_kernel.h"
 #include "cpu/foreach_isa.h"
@@ -156,20 +156,24 @@ std::tuple<Tensor, Tensor, Tensor> any_backward(Tensor grad, std::optional<Tenso
                                                                                    has_bias);
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, double eps) {
   Forward out = any_forward(x, std::nullopt, weight, bias, eps, "layer_norm_forward");
   return {out.y, out.mean, out.rstd};
-}
-
-std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor rstd,
-                                                       bool has_bias) {
-  return any_backward(grad, std::nullopt, x, weight, mean, rstd, has_bias, "layer_norm_backward");
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward(Tensor x, Tensor residual, Tensor weight,
                                                                   std::optional<Tensor> bias, double eps) {
   Forward out = any_forward(x, residual, weight, bias, eps, "add_layer_norm_forward");
   return {out.y, *out.sum, out.mean, out.rstd};
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor rstd,
+                                                       bool has_bias) {
+  return any_backward(grad, std::nullopt, x, weight, mean, rstd, has_bias, "layer_norm_backward");
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(Tensor grad, Tensor grad_sum, Tensor sum, Tensor weight,

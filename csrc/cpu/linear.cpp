@@ -1,7 +1,7 @@
 // linear of few rows, and the gradient of its bias, on the CPU: checks, threads and registration. The arithmetic is linear_kernel.h.
 
 #include "cpu/matmul.h"
-#include "cpu/tensor.h"
+#include "cpu/operators.h"
 
 #include <bit>
 #include <memory>
@@ -67,6 +67,8 @@ void check(const char* op, const Tensor& x, const Tensor& weight, const std::opt
   PYGPT_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0)), op, ": bias must be (N,)");
 }
 
+}  // namespace
+
 Tensor linear_few_rows(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   check("linear_few_rows", x, weight, bias);
   const ScalarType dtype = x.scalar_type();
@@ -86,6 +88,8 @@ Tensor linear_int8(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> 
               "linear_int8: weight must be int8 (N, K), and scale float32 (N,)");
   return (dtype == ScalarType::Float ? run<float, int8_t> : run<bf16, int8_t>)(x, weight, as_contiguous(scale), bias);
 }
+
+namespace {
 
 // The gradient of a bias. Sums of kRows rows, then the sum of those: the same bits for any number of threads.
 template <class T>
