@@ -6,7 +6,7 @@ Shapes: B sequences, T tokens, C hidden size, H heads, D = C // H, S tokens seen
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -195,7 +195,7 @@ class Block(nn.Module):
     def _to_decode(self, x: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]] | None:
         """This block's parameters for `decode_block`, or None where that cannot take the place of its modules."""
         attn, mlp = self.attn, self.mlp
-        if self.training or not decodes_blocks(x, x.shape[-1] // attn.n_head):
+        if self.training or self.ln_1.eps != self.ln_2.eps or not decodes_blocks(x, x.shape[-1] // attn.n_head):
             return None
         norms, linears = [self.ln_1, self.ln_2], [attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj]
         kind = type(attn.c_attn)
@@ -205,10 +205,11 @@ class Block(nn.Module):
             # Nobody's hooks, nor a forward of their own on one module, are passed over.
             if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
                 return None
-        biases = [module.bias for module in (*norms, *linears) if module.bias is not None]
-        weights = [module.weight for module in (*norms, *linears)]
+        modules: list[Any] = [*norms, *linears]
+        weights: list[Tensor] = [module.weight for module in modules]
+        biases: list[Tensor] = [module.bias for module in modules if module.bias is not None]
         floating = weights + biases if kind is Linear else weights[:2] + biases
         if len(biases) not in (0, 6) or any(p.dtype != x.dtype or not p.is_contiguous() for p in floating):
             return None
-        scales = [linear.scale for linear in linears] if kind is Int8Linear else []
+        scales = [module.scale for module in modules[2:]] if kind is Int8Linear else []
         return weights[:2] + biases[:2], weights[2:] + biases[2:], scales

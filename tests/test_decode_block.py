@@ -27,7 +27,9 @@ def block_of(heads: int, C: int, bias: bool, layer: int = 1) -> Block:
     block = Block(GPTConfig(n_layer=3, n_head=heads, n_embd=C, block_size=128, vocab_size=8, bias=bias), layer).eval()
     with torch.no_grad():
         for parameter in block.parameters():
-            parameter.copy_(torch.randn(parameter.shape) * (0.5 if parameter.dim() == 1 else parameter.shape[1] ** -0.5))
+            parameter.copy_(
+                torch.randn(parameter.shape) * (0.5 if parameter.dim() == 1 else parameter.shape[1] ** -0.5)
+            )
     return block.requires_grad_(False)
 
 
@@ -109,8 +111,8 @@ def test_gives_the_bits_of_its_operators(calls):
             x = b.attn(x, again)
             x, expected_residual = b.ln_2(x, expected_residual)
             expected = b.mlp(x)
-        assert torch.equal(new_residual, expected_residual) and torch.equal(y, expected)
-        assert torch.equal(cache.k, again.k) and torch.equal(cache.v, again.v)
+        for ours, theirs in ((new_residual, expected_residual), (y, expected), (cache.k, again.k), (cache.v, again.v)):
+            assert torch.equal(ours, theirs)
 
 
 @torch.no_grad()
