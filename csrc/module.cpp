@@ -16,7 +16,7 @@ namespace {
 // page faults of tensors that it allocates afresh. Returns whether this C library has the settings.
 bool tune_allocator() {
 #ifdef __GLIBC__
-  pygpt::keeps_freed_memory = mallopt(M_MMAP_THRESHOLD, 1 << 30) && mallopt(M_TRIM_THRESHOLD, 1 << 30);
+  pygpt::keeps_freed_memory = mallopt(M_MMAP_THRESHOLD, 1 << 30) && mallopt(M_TRIM_THRESHOLD, -1);
   return pygpt::keeps_freed_memory;
 #else
   return false;

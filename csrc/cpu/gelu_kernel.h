@@ -41,6 +41,7 @@ PYGPT_INLINE vf gelu_slope(vf x) {
 template <class T>
 void gelu_forward(const T* x, T* y, int64_t count) {
   PYGPT_FOR_PAIRS(count, {
+    prefetch_pair(x + i + kAheadElements);
     const Pair v = load_pair_step(x + i, n);
     store_pair_step(y + i, Pair{gelu<T>(v.a), gelu<T>(v.b)}, n);
   })
@@ -49,6 +50,8 @@ void gelu_forward(const T* x, T* y, int64_t count) {
 template <class T>
 void gelu_backward(const T* grad, const T* x, T* grad_x, int64_t count) {
   PYGPT_FOR_PAIRS(count, {
+    prefetch_pair(x + i + kAheadElements);
+    prefetch_pair(grad + i + kAheadElements);
     const Pair v = load_pair_step(x + i, n);
     store_pair_step(grad_x + i, load_pair_step(grad + i, n) * Pair{gelu_slope<T>(v.a), gelu_slope<T>(v.b)}, n);
   })
