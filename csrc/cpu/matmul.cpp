@@ -19,13 +19,13 @@ namespace pygpt {
 
 namespace {
 
-constexpr int64_t kBlockElements = 512 << 10;  // of a thread's block: half of a second-level cache of 2 MiB
+constexpr int64_t kBlockElements = 384 << 10;  // of a thread's block: with what passes by it fits a second-level cache of 2 MiB
 constexpr int64_t kMaxBlock = 512;             // rows or columns of it
 
 // The summed dimension goes in parts of this length, about equally long.
 int64_t part_of(int64_t K) {
-  const int64_t parts = (K + kMatmulMaxK - 1) / kMatmulMaxK, step = kMatmulSteps * kMatmulStep;
-  return ((K + parts - 1) / parts + step - 1) / step * step;
+  const int64_t parts = (K + kMatmulMaxK - 1) / kMatmulMaxK;
+  return ((K + parts - 1) / parts + kMatmulStep - 1) / kMatmulStep * kMatmulStep;
 }
 
 int64_t largest_block(int64_t k) {  // in panels of k
@@ -44,11 +44,12 @@ void multiply(const MatmulOperand& left, const MatmulOperand& right, int64_t K, 
   const int64_t count = left_is_block ? out.rows : out.columns, shared_count = left_is_block ? out.columns : out.rows;
   const int64_t threads = torch::stable::get_num_threads(), k_part = part_of(K), size = matmul_panel_elements(k_part);
   const int64_t panels = matmul_panels(count), shared_panels = matmul_panels(shared_count), largest = largest_block(k_part);
-  // As many blocks as a multiple of the threads, none larger than the cache allows.
+  // As many blocks as a multiple of the threads, none larger than the cache allows, and about equally large.
+  const bool fixed = out.finish == Finish::statistics;
   const int64_t rounds = (panels + largest * threads - 1) / (largest * threads);
-  const int64_t in_block =
-      out.finish == Finish::statistics ? largest : std::max<int64_t>(1, (panels + rounds * threads - 1) / (rounds * threads));
-  const int64_t items = (panels + in_block - 1) / in_block, parts = std::min(threads, items);
+  const int64_t items = fixed ? (panels + largest - 1) / largest : std::min(panels, rounds * threads);
+  const int64_t in_block = fixed ? largest : (panels + items - 1) / items, parts = std::min(threads, items);
+  const auto first_panel = [&](int64_t item) { return fixed ? std::min(panels, item * largest) : panels * item / items; };
   const bool across = sums || K > k_part, own_sums = across && !sums;
 
   const int64_t per_part = in_block * (size / 2 + (across ? 0 : kMatmulSums));  // in floats
@@ -66,9 +67,10 @@ void multiply(const MatmulOperand& left, const MatmulOperand& right, int64_t K, 
     torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part)
         for (int64_t item = items * part / parts; item < items * (part + 1) / parts; ++item) {
-          const int64_t from = item * in_block * kMatmulPanel, to = std::min(count, from + in_block * kMatmulPanel);
+          const int64_t panel = first_panel(item), from = panel * kMatmulPanel;
+          const int64_t to = std::min(count, first_panel(item + 1) * kMatmulPanel);
           bf16* block = reinterpret_cast<bf16*>(base + part * per_part);
-          float* of_block = across ? sums + item * in_block * shared_panels * kMatmulSums
+          float* of_block = across ? sums + panel * shared_panels * kMatmulSums
                                    : base + part * per_part + in_block * size / 2;
           amx::matmul_pack(blocks.data + k * blocks.strides.k + from * blocks.strides.free, blocks.strides, left_is_block,
                            to - from, here, block);

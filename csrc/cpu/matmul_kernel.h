@@ -63,28 +63,6 @@ static void matmul_pack(const bf16* from, MatmulStrides strides, bool left, int6
     (left ? pack_across<true> : pack_across<false>)(from, strides.k, count, k, to);
 }
 
-// sums (2 x 2 tiles), or sums + the product of two panels over `steps` steps. Meanwhile `lines` cache lines a step from
-// `ahead` on come into the second-level cache.
-template <bool ADD>
-static void multiply_panels(const bf16* a, const bf16* b, float* sums, int64_t steps, const bf16* ahead, int64_t lines) {
-  if constexpr (ADD) {
-    tile_load<0>(sums, 64), tile_load<1>(sums + 256, 64), tile_load<2>(sums + 512, 64), tile_load<3>(sums + 768, 64);
-  } else {
-    tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-  }
-  for (int64_t i = 0; i < steps; ++i, a += kMatmulPanelStep, b += kMatmulPanelStep) {
-    tile_load<4>(a, 64), tile_load<6>(b, 64);
-    tile_dot_bf16<0, 4, 6>();
-    tile_load<7>(b + kTileElements, 64);
-    tile_dot_bf16<1, 4, 7>();
-    for (int64_t l = 0; l < lines; ++l, ahead += 32) __builtin_prefetch(ahead, 0, 2);
-    tile_load<5>(a + kTileElements, 64);
-    tile_dot_bf16<2, 5, 6>();
-    tile_dot_bf16<3, 5, 7>();
-  }
-  tile_store<0>(sums, 64), tile_store<1>(sums + 256, 64), tile_store<2>(sums + 512, 64), tile_store<3>(sums + 768, 64);
-}
-
 PYGPT_INLINE vf load_upper_masked(const bf16* from, __mmask16 mask) {
   return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16);
 }
@@ -92,19 +70,22 @@ PYGPT_INLINE vf load_upper_masked(const bf16* from, __mmask16 mask) {
 // Where row r of a panel of sums lies; its second half is 256 further on.
 PYGPT_INLINE int64_t row_of_sums(int64_t r) { return r / 16 * 512 + r % 16 * 16; }
 
-// Rounds sums (+ bias, + what `out` holds) to `rows` x `columns` of out.
-static void finish_round(const float* sums, const MatmulOut& out, int64_t row, int64_t column, int64_t rows, int64_t columns) {
-  const __mmask32 mask = columns >= 32 ? ~0u : _bzhi_u32(~0u, columns);
+// A panel of sums that are complete, of which `done` rows are finished: the others follow while the next panels are multiplied.
+struct Pending {
+  const float* sums;
+  int64_t row, column, rows = 0, columns, done = 0;  // of the result
+};
+
+// Rounds a row of sums (+ bias, + what `out` holds).
+PYGPT_INLINE void round_row(const Pending& of, const MatmulOut& out) {
+  const __mmask32 mask = of.columns >= 32 ? ~0u : _bzhi_u32(~0u, of.columns);
   const __mmask16 low = mask, high = mask >> 16;
-  vf bias[2] = {};
-  if (out.bias) bias[0] = load_upper_masked(out.bias + column, low), bias[1] = load_upper_masked(out.bias + column + 16, high);
-  bf16* to = out.data + row * out.stride + column;
-  for (int64_t r = 0; r < rows; ++r, to += out.stride) {
-    const float* from = sums + row_of_sums(r);
-    vf x = load(from) + bias[0], y = load(from + 256) + bias[1];
-    if (out.add) x += load_upper_masked(to, low), y += load_upper_masked(to + 16, high);
-    _mm512_mask_storeu_epi16(to, mask, (__m512i)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x));
-  }
+  const float* from = of.sums + row_of_sums(of.done);
+  bf16* to = out.data + (of.row + of.done) * out.stride + of.column;
+  vf x = load(from), y = load(from + 256);
+  if (out.bias) x += load_upper_masked(out.bias + of.column, low), y += load_upper_masked(out.bias + of.column + 16, high);
+  if (out.add) x += load_upper_masked(to, low), y += load_upper_masked(to + 16, high);
+  _mm512_mask_storeu_epi16(to, mask, (__m512i)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x));
 }
 
 // The softmax of 32 rows over the columns of a block, as far as they are known: 16 lanes each.
@@ -117,25 +98,24 @@ struct Softmax {
   }
 };
 
-// Takes logits into the statistics of the rows' softmax.
-static void finish_statistics(const float* sums, const MatmulOut& out, int64_t row, int64_t column, int64_t rows,
-                              int64_t columns, Softmax& softmax) {
+// Takes a row of logits into the statistics of its softmax.
+PYGPT_INLINE void take_row(const Pending& of, const MatmulOut& out, Softmax& softmax) {
   const vf lowest = splat(-std::numeric_limits<float>::infinity());
   const vi lane = lane_numbers();
-  for (int64_t r = 0; r < rows; ++r) {
-    const float* from = sums + row_of_sums(r);
-    vf x = load(from) * kLog2E, y = load(from + 256) * kLog2E;
-    if (columns < kMatmulPanel) x = lane < (int32_t)columns ? x : lowest, y = lane + 16 < (int32_t)columns ? y : lowest;
-    const vf before = load(softmax.largest[r]), top = vmax(vmax(x, y), before);
-    vf sum = load(softmax.sum[r]);
-    if (_mm512_cmp_ps_mask((__m512)top, (__m512)before, _CMP_NEQ_UQ)) {
-      sum *= vexp2<4>(before - top);
-      store(softmax.largest[r], top);
-    }
-    store(softmax.sum[r], sum + (vexp2<4>(x - top) + vexp2<4>(y - top)));
-    const uint64_t at = out.targets[row + r] - out.first_column - column;
-    if (at < static_cast<uint64_t>(columns)) out.of_target[row + r] = from[at / 16 * 256 + at % 16] * kLog2E;
+  const int64_t r = of.done;
+  const float* from = of.sums + row_of_sums(r);
+  vf x = load(from) * kLog2E, y = load(from + 256) * kLog2E;
+  if (of.columns < kMatmulPanel)
+    x = lane < (int32_t)of.columns ? x : lowest, y = lane + 16 < (int32_t)of.columns ? y : lowest;
+  const vf before = load(softmax.largest[r]), top = vmax(vmax(x, y), before);
+  vf sum = load(softmax.sum[r]);
+  if (_mm512_cmp_ps_mask((__m512)top, (__m512)before, _CMP_NEQ_UQ)) {
+    sum *= vexp2<4>(before - top);
+    store(softmax.largest[r], top);
   }
+  store(softmax.sum[r], sum + (vexp2<4>(x - top) + vexp2<4>(y - top)));
+  const uint64_t at = out.targets[of.row + r] - out.first_column - of.column;
+  if (at < static_cast<uint64_t>(of.columns)) out.of_target[of.row + r] = from[at / 16 * 256 + at % 16] * kLog2E;
 }
 
 // Of 32 rows at the end of block number `block`.
@@ -148,61 +128,154 @@ static void end_statistics(const Softmax& softmax, const MatmulOut& out, int64_t
   }
 }
 
-// (softmax - one_hot) * factor of logits.
-static void finish_gradient(const float* sums, const MatmulOut& out, int64_t row, int64_t column, int64_t rows,
-                            int64_t columns) {
-  const __mmask32 mask = columns >= 32 ? ~0u : _bzhi_u32(~0u, columns);
-  bf16* to = out.data + row * out.stride + column;
-  for (int64_t r = 0; r < rows; ++r, to += out.stride) {
-    const float* from = sums + row_of_sums(r);
-    const vf log_sum = splat(out.log_sum[row + r]);
-    vf p[2];
-    for (int half = 0; half < 2; ++half) p[half] = vexp2<4>(load(from + 256 * half) * kLog2E - log_sum) * out.factor;
-    const uint64_t at = out.targets[row + r] - out.first_column - column;
-    if (at < static_cast<uint64_t>(columns))
-      p[at / 16] = lane_numbers() == (int32_t)(at % 16) ? splat(out.at_target[row + r]) : p[at / 16];
-    _mm512_mask_storeu_epi16(to, mask, (__m512i)_mm512_cvtne2ps_pbh((__m512)p[1], (__m512)p[0]));
+// (softmax - one_hot) * factor of a row of logits.
+PYGPT_INLINE void gradient_row(const Pending& of, const MatmulOut& out) {
+  const __mmask32 mask = of.columns >= 32 ? ~0u : _bzhi_u32(~0u, of.columns);
+  const int64_t row = of.row + of.done;
+  const float* from = of.sums + row_of_sums(of.done);
+  const vf log_sum = splat(out.log_sum[row]);
+  vf p[2];
+  for (int half = 0; half < 2; ++half) p[half] = vexp2<4>(load(from + 256 * half) * kLog2E - log_sum) * out.factor;
+  const uint64_t at = out.targets[row] - out.first_column - of.column;
+  if (at < static_cast<uint64_t>(of.columns))
+    p[at / 16] = lane_numbers() == (int32_t)(at % 16) ? splat(out.at_target[row]) : p[at / 16];
+  _mm512_mask_storeu_epi16(out.data + row * out.stride + of.column, mask,
+                           (__m512i)_mm512_cvtne2ps_pbh((__m512)p[1], (__m512)p[0]));
+}
+
+// At most `rows` more.
+template <Finish FINISH>
+PYGPT_INLINE void finish_rows(Pending& of, int64_t rows, const MatmulOut& out, Softmax& softmax) {
+  for (const int64_t end = smaller(of.rows, of.done + rows); of.done < end; ++of.done) {
+    if constexpr (FINISH == Finish::round)
+      round_row(of, out);
+    else if constexpr (FINISH == Finish::gradient)
+      gradient_row(of, out);
+    else
+      take_row(of, out, softmax);
   }
+}
+
+// Cache lines that are written soon: `rows` of `lines` neighbours, `stride` elements apart.
+struct Fetch {
+  const bf16* from;
+  int64_t stride, rows = 0, lines;
+};
+
+// What goes on beside a product of two panels, a part in each of its steps: memory takes long to answer, and vectors have time.
+struct Beside {
+  const bf16* ahead;  // of the other operand's panel: so many lines a step come into the second-level cache
+  int64_t lines;
+  Fetch written;
+  Pending& pending;
+};
+
+// to (2 x 2 tiles) = sums, if there are any, + the product of two panels over `steps` steps. Panels of the block are read past
+// the first-level cache, which has room for the other one alone.
+template <bool ADD, bool BLOCK_IS_LEFT, Finish FINISH>
+static void multiply_panels(const bf16* of_block, const bf16* of_other, const float* sums, float* to, int64_t steps,
+                            Beside beside, const MatmulOut& out, Softmax& softmax) {
+  // Tiles 4 and 5 are the left panel, 6 and 7 the right one.
+  constexpr int BLOCK = BLOCK_IS_LEFT ? 4 : 6, OTHER = BLOCK_IS_LEFT ? 6 : 4;
+  if constexpr (ADD) {
+    tile_load<0>(sums, 64), tile_load<1>(sums + 256, 64), tile_load<2>(sums + 512, 64), tile_load<3>(sums + 768, 64);
+  } else {
+    tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+  }
+  const int64_t rows = (kMatmulPanel + steps - 1) / steps;
+  Fetch& written = beside.written;
+  for (int64_t i = 0; i < steps; ++i, of_block += kMatmulPanelStep, of_other += kMatmulPanelStep) {
+    tile_load_once<BLOCK>(of_block, 64), tile_load<OTHER>(of_other, 64);
+    tile_dot_bf16<0, 4, 6>();
+    tile_load<OTHER + 1>(of_other + kTileElements, 64);
+    if constexpr (BLOCK_IS_LEFT)
+      tile_dot_bf16<1, 4, 7>();
+    else
+      tile_dot_bf16<2, 5, 6>();
+    for (int64_t l = 0; l < beside.lines; ++l, beside.ahead += 32) __builtin_prefetch(beside.ahead, 0, 2);
+    for (int64_t r = 0; r < rows && written.rows > 0; ++r, --written.rows, written.from += written.stride)
+      for (int64_t l = 0; l < written.lines; ++l) __builtin_prefetch(written.from + l * 32, 1, 3);
+    tile_load_once<BLOCK + 1>(of_block + kTileElements, 64);
+    if constexpr (BLOCK_IS_LEFT)
+      tile_dot_bf16<2, 5, 6>();
+    else
+      tile_dot_bf16<1, 4, 7>();
+    tile_dot_bf16<3, 5, 7>();
+    finish_rows<FINISH>(beside.pending, rows, out, softmax);
+  }
+  tile_store<0>(to, 64), tile_store<1>(to + 256, 64), tile_store<2>(to + 512, 64), tile_store<3>(to + 768, 64);
+}
+
+constexpr int64_t kRun = 2;  // panels of columns, whose lines of the result are fetched together
+
+// The part of the result to fetch while panel p of the block is multiplied with panel q of the other operand: some rows, and
+// columns of the next kRun panels.
+template <bool BLOCK_IS_LEFT>
+static Fetch fetch_result(const MatmulOut& out, int64_t begin, int64_t end, int64_t p, int64_t q) {
+  const int64_t of_columns = BLOCK_IS_LEFT ? q : p, last_column = BLOCK_IS_LEFT ? out.columns : end;
+  int64_t row = BLOCK_IS_LEFT ? begin + p * kMatmulPanel : q * kMatmulPanel;
+  int64_t column = (BLOCK_IS_LEFT ? 0 : begin) + (of_columns / kRun + 1) * kRun * kMatmulPanel;
+  if (!BLOCK_IS_LEFT && column >= end) row += kMatmulPanel, column = begin;
+  row += of_columns % kRun * (kMatmulPanel / kRun);
+  if (!out.data || row >= out.rows || column >= last_column) return {};
+  return {out.data + row * out.stride + column, out.stride, smaller(kMatmulPanel / kRun, out.rows - row),
+          smaller(kRun, matmul_panels(last_column - column))};
 }
 
 // Multiplies packed operands. One is a block of few panels, which the second-level cache holds; each panel of the other is
 // multiplied with them, in parts that the first-level cache holds. The block is number `number`, of rows (or columns)
 // begin .. end. sums: where they lie between parts, a panel of the block each; with `across`, from one call to the next and
 // those of all blocks.
-static void matmul_block(const MatmulOut& out, bool block_is_left, const bf16* block, int64_t number, int64_t begin,
-                         int64_t end, const bf16* other, int64_t k, float* sums, bool across, bool first, bool last) {
+template <bool BLOCK_IS_LEFT, Finish FINISH>
+static void multiply_block(const MatmulOut& out, const bf16* block, int64_t number, int64_t begin, int64_t end,
+                           const bf16* other, int64_t k, float* sums, bool across, bool first, bool last) {
   const TileScope tiles;
   const int64_t steps = (k + kMatmulStep - 1) / kMatmulStep, size = steps * kMatmulPanelStep;
-  const int64_t panels = matmul_panels(block_is_left ? out.columns : out.rows), in_block = matmul_panels(end - begin);
+  const int64_t parts = (steps + kMatmulSteps - 1) / kMatmulSteps, in_part = (steps + parts - 1) / parts;
+  const int64_t panels = matmul_panels(BLOCK_IS_LEFT ? out.columns : out.rows), in_block = matmul_panels(end - begin);
   const int64_t lines = (32 + in_block - 1) / in_block;  // to fetch ahead in a step, of two tiles in as many as there are
+  alignas(64) float complete[kMatmulSums];  // written when those that are pending have been finished
+  Pending pending{};
   Softmax softmax;
   for (int64_t q = 0; q < panels; ++q) {
-    const int64_t in_other = q * kMatmulPanel;
-    if (out.finish == Finish::statistics) softmax.clear();
-    for (int64_t step = 0; step < steps; step += kMatmulSteps) {
-      const int64_t here = smaller(kMatmulSteps, steps - step);
+    if (FINISH == Finish::statistics) softmax.clear();
+    for (int64_t step = 0; step < steps; step += in_part) {
+      const int64_t here = smaller(in_part, steps - step);
+      const bool ends = last && step + here >= steps;
       const bf16* of_other = other + q * size + step * kMatmulPanelStep;
       for (int64_t p = 0; p < in_block; ++p) {
-        const bf16* of_block = block + p * size + step * kMatmulPanelStep;
-        float* to = sums + (across ? p * panels + q : p) * kMatmulSums;
-        const auto multiply = first && step == 0 ? multiply_panels<false> : multiply_panels<true>;
-        multiply(block_is_left ? of_block : of_other, block_is_left ? of_other : of_block, to, here,
-                 of_other + kMatmulSteps * kMatmulPanelStep + p * lines * here * 32, lines);
-        if (!last || step + here < steps) continue;
-        const int64_t row = block_is_left ? begin + p * kMatmulPanel : in_other;
-        const int64_t column = block_is_left ? in_other : begin + p * kMatmulPanel;
-        const int64_t rows = smaller(kMatmulPanel, out.rows - row), columns = smaller(kMatmulPanel, out.columns - column);
-        if (out.finish == Finish::round)
-          finish_round(to, out, row, column, rows, columns);
-        else if (out.finish == Finish::gradient)
-          finish_gradient(to, out, row, column, rows, columns);
-        else
-          finish_statistics(to, out, row, column, rows, columns, softmax);
+        float* so_far = sums + (across ? p * panels + q : p) * kMatmulSums;
+        float* to = ends ? complete : so_far;
+        Beside beside{of_other + in_part * kMatmulPanelStep + p * lines * here * 32, lines, {}, pending};
+        if (ends) {
+          beside.written = fetch_result<BLOCK_IS_LEFT>(out, begin, end, p, q);
+        } else if (across && step == 0) {
+          const float* next = p + 1 < in_block ? so_far + panels * kMatmulSums : sums + smaller(q + 1, panels - 1) * kMatmulSums;
+          beside.written = {reinterpret_cast<const bf16*>(next), 4 * 32, kMatmulSums / 64, 4};
+        }
+        (first && step == 0 ? multiply_panels<false, BLOCK_IS_LEFT, FINISH> : multiply_panels<true, BLOCK_IS_LEFT, FINISH>)(
+            block + p * size + step * kMatmulPanelStep, of_other, so_far, to, here, beside, out, softmax);
+        if (!ends) continue;
+        const int64_t row = BLOCK_IS_LEFT ? begin + p * kMatmulPanel : q * kMatmulPanel;
+        const int64_t column = BLOCK_IS_LEFT ? q * kMatmulPanel : begin + p * kMatmulPanel;
+        pending = {to, row, column, smaller(kMatmulPanel, out.rows - row), smaller(kMatmulPanel, out.columns - column)};
       }
     }
-    if (out.finish == Finish::statistics)
-      end_statistics(softmax, out, number, in_other, smaller(kMatmulPanel, out.rows - in_other));
+    if (FINISH == Finish::statistics) {
+      finish_rows<FINISH>(pending, kMatmulPanel, out, softmax);
+      end_statistics(softmax, out, number, q * kMatmulPanel, smaller(kMatmulPanel, out.rows - q * kMatmulPanel));
+    }
   }
+  finish_rows<FINISH>(pending, kMatmulPanel, out, softmax);
+}
+
+static void matmul_block(const MatmulOut& out, bool block_is_left, const bf16* block, int64_t number, int64_t begin,
+                         int64_t end, const bf16* other, int64_t k, float* sums, bool across, bool first, bool last) {
+  const auto multiply = out.finish == Finish::statistics ? multiply_block<false, Finish::statistics>
+                        : out.finish == Finish::gradient ? multiply_block<false, Finish::gradient>
+                        : block_is_left                  ? multiply_block<true, Finish::round>
+                                                         : multiply_block<false, Finish::round>;
+  multiply(out, block, number, begin, end, other, k, sums, across, first, last);
 }
 
 // --- few rows --------------------------------------------------------------------------------------------------------
