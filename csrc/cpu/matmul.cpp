@@ -95,6 +95,11 @@ bool multiply_few_rows(const bf16* x, int64_t rows, int64_t K, const bf16* weigh
 
 namespace {
 
+// Whether a result is larger than a second-level cache, and rows of 32 elements are whole cache lines of it.
+bool goes_past_caches(const MatmulOut& out) {
+  return out.rows * out.columns > (1 << 20) && out.stride % 32 == 0 && reinterpret_cast<uintptr_t>(out.data) % 64 == 0;
+}
+
 // x as an operand; where no stride is 1, a copy.
 MatmulOperand operand(Tensor& x, int64_t free_dim) {
   if (x.stride(0) != 1 && x.stride(1) != 1) x = torch::stable::contiguous(x);
@@ -114,6 +119,7 @@ void check(const char* op, const Tensor& a, const Tensor& b) {
 void run(Tensor a, Tensor b, const bf16* bias, bool add, Tensor& out) {
   MatmulOut to{out.size(0), out.size(1)};
   to.data = static_cast<bf16*>(out.mutable_data_ptr()), to.stride = out.stride(0), to.bias = bias, to.add = add;
+  to.past_caches = !add && goes_past_caches(to);
   Workspace workspace(out);
   if (to.rows && to.columns) multiply(operand(a, 0), operand(b, 1), a.size(1), to, workspace);
 }

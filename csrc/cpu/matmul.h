@@ -39,6 +39,7 @@ struct MatmulOut {
   int64_t stride = 0;
   const bf16* bias = nullptr;  // (columns,)
   bool add = false;
+  bool past_caches = false;  // whether to write `data` so: at least where each 32 columns are a cache line
   // Of a softmax over the vocabulary, whose columns from first_column on are these; in units of log2.
   int64_t first_column = 0;
   const int64_t* targets = nullptr;               // (rows,), or what is no column

@@ -41,8 +41,8 @@ static void pack_across(const bf16* from, int64_t stride, int64_t count, int64_t
 template <bool TRANSPOSE>
 static void pack_along(const bf16* from, int64_t stride, int64_t count, int64_t k, bf16* to) {
   for (int64_t c = 0; c < count; c += kMatmulPanel, from += kMatmulPanel * stride, to += matmul_panel_elements(k))
-    for (int64_t i = 0; i < k; i += kMatmulStep)
-      for (int64_t half = 0; half < kMatmulPanel; half += 16) {
+    for (int64_t half = 0; half < kMatmulPanel; half += 16)  // 16 rows at a time: no more are fetched ahead of being read
+      for (int64_t i = 0; i < k; i += kMatmulStep) {
         const __mmask32 mask = k - i >= 32 ? ~0u : _bzhi_u32(~0u, k - i);
         vf tile[16];
 #pragma GCC unroll 16
@@ -76,7 +76,8 @@ struct Pending {
   int64_t row, column, rows = 0, columns, done = 0;  // of the result
 };
 
-// Rounds a row of sums (+ bias, + what `out` holds).
+// Rounds a row of sums (+ bias, + what `out` holds). Past the caches where `out` is too large for them: then no line is read
+// before it is written.
 PYGPT_INLINE void round_row(const Pending& of, const MatmulOut& out) {
   const __mmask32 mask = of.columns >= 32 ? ~0u : _bzhi_u32(~0u, of.columns);
   const __mmask16 low = mask, high = mask >> 16;
@@ -85,7 +86,11 @@ PYGPT_INLINE void round_row(const Pending& of, const MatmulOut& out) {
   vf x = load(from), y = load(from + 256);
   if (out.bias) x += load_upper_masked(out.bias + of.column, low), y += load_upper_masked(out.bias + of.column + 16, high);
   if (out.add) x += load_upper_masked(to, low), y += load_upper_masked(to + 16, high);
-  _mm512_mask_storeu_epi16(to, mask, (__m512i)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x));
+  const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x);
+  if (out.past_caches && of.columns >= 32)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), rounded);
+  else
+    _mm512_mask_storeu_epi16(to, mask, rounded);
 }
 
 // The softmax of 32 rows over the columns of a block, as far as they are known: 16 lanes each.
@@ -217,7 +222,7 @@ static Fetch fetch_result(const MatmulOut& out, int64_t begin, int64_t end, int6
   int64_t column = (BLOCK_IS_LEFT ? 0 : begin) + (of_columns / kRun + 1) * kRun * kMatmulPanel;
   if (!BLOCK_IS_LEFT && column >= end) row += kMatmulPanel, column = begin;
   row += of_columns % kRun * (kMatmulPanel / kRun);
-  if (!out.data || row >= out.rows || column >= last_column) return {};
+  if (!out.data || out.past_caches || row >= out.rows || column >= last_column) return {};
   return {out.data + row * out.stride + column, out.stride, smaller(kMatmulPanel / kRun, out.rows - row),
           smaller(kRun, matmul_panels(last_column - column))};
 }
@@ -267,6 +272,7 @@ static void multiply_block(const MatmulOut& out, const bf16* block, int64_t numb
     }
   }
   finish_rows<FINISH>(pending, kMatmulPanel, out, softmax);
+  if (out.past_caches) _mm_sfence();  // other threads are to see it
 }
 
 static void matmul_block(const MatmulOut& out, bool block_is_left, const bf16* block, int64_t number, int64_t begin,
