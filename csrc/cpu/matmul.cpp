@@ -32,12 +32,33 @@ int64_t largest_block(int64_t k) {  // in panels of k
   return std::clamp<int64_t>(kBlockElements / matmul_panel_elements(k), 1, kMaxBlock / kMatmulPanel);
 }
 
+// Whether to write a result past the caches: no second-level cache holds it, and each 32 columns are a cache line.
+bool goes_past_caches(const MatmulOut& out) {
+  return out.finish == Finish::round && !out.add && out.rows * out.columns > (1 << 20) && out.stride % 32 == 0 &&
+         reinterpret_cast<uintptr_t>(out.data) % 64 == 0;
+}
+
+// Elements k .. k + count_k of the summed dimension.
+void pack_panels(const MatmulOperand& operand, bool left, int64_t count, int64_t k, int64_t count_k, bf16* to) {
+  torch::stable::parallel_for(0, matmul_panels(count), 1, [&](int64_t begin, int64_t end) {
+    amx::matmul_pack(operand.at(k, begin), operand.strides, operand.panels, left,
+                     std::min(count, end * kMatmulPanel) - begin * kMatmulPanel, count_k,
+                     to + begin * matmul_panel_elements(count_k));
+  });
+}
+
 }  // namespace
+
+MatmulOperand pack(const MatmulOperand& operand, bool left, int64_t count, int64_t K, bf16* to) {
+  pack_panels(operand, left, count, 0, K, to);
+  return packed_operand(to, K);
+}
 
 int64_t statistics_block(int64_t K) { return largest_block(part_of(K)) * kMatmulPanel; }
 
-void multiply(const MatmulOperand& left, const MatmulOperand& right, int64_t K, const MatmulOut& out, Workspace& workspace,
+void multiply(const MatmulOperand& left, const MatmulOperand& right, int64_t K, MatmulOut out, Workspace& workspace,
               float* sums, bool first, bool last) {
+  out.past_caches = goes_past_caches(out);
   // The smaller operand is shared; but rather long rows of the result from each block than short ones.
   const bool left_is_block = out.finish == Finish::round && out.rows >= 2 * out.columns;
   const MatmulOperand &blocks = left_is_block ? left : right, &shared = left_is_block ? right : left;
@@ -52,29 +73,30 @@ void multiply(const MatmulOperand& left, const MatmulOperand& right, int64_t K, 
   const auto first_panel = [&](int64_t item) { return fixed ? std::min(panels, item * largest) : panels * item / items; };
   const bool across = sums || K > k_part, own_sums = across && !sums;
 
-  const int64_t per_part = in_block * (size / 2 + (across ? 0 : kMatmulSums));  // in floats
-  float* base = workspace.floats(parts * per_part + shared_panels * size / 2 +
-                                 (own_sums ? panels * shared_panels * kMatmulSums : 0));
+  // In floats.
+  const int64_t of_block = blocks.packed ? 0 : in_block * size / 2, of_shared = shared.packed ? 0 : shared_panels * size / 2;
+  const int64_t per_part = of_block + (across ? 0 : in_block * kMatmulSums);
+  float* base = workspace.floats(parts * per_part + of_shared + (own_sums ? panels * shared_panels * kMatmulSums : 0));
   bf16* packed = reinterpret_cast<bf16*>(base + parts * per_part);
-  if (own_sums) sums = base + parts * per_part + shared_panels * size / 2;
+  if (own_sums) sums = base + parts * per_part + of_shared;
   for (int64_t k = 0; k < K; k += k_part) {
     const int64_t here = std::min(k_part, K - k);
-    torch::stable::parallel_for(0, shared_panels, 1, [&](int64_t begin, int64_t end) {
-      const int64_t at = begin * kMatmulPanel;
-      amx::matmul_pack(shared.data + k * shared.strides.k + at * shared.strides.free, shared.strides, !left_is_block,
-                       std::min(shared_count, end * kMatmulPanel) - at, here, packed + begin * matmul_panel_elements(here));
-    });
+    const int64_t here_size = matmul_panel_elements(here);
+    amx::MatmulPanels other{shared.at(k, 0), shared.panels.free};
+    if (!shared.packed) pack_panels(shared, !left_is_block, shared_count, k, here, packed), other = {packed, here_size};
     torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part)
         for (int64_t item = items * part / parts; item < items * (part + 1) / parts; ++item) {
           const int64_t panel = first_panel(item), from = panel * kMatmulPanel;
           const int64_t to = std::min(count, first_panel(item + 1) * kMatmulPanel);
-          bf16* block = reinterpret_cast<bf16*>(base + part * per_part);
-          float* of_block = across ? sums + panel * shared_panels * kMatmulSums
-                                   : base + part * per_part + in_block * size / 2;
-          amx::matmul_pack(blocks.data + k * blocks.strides.k + from * blocks.strides.free, blocks.strides, left_is_block,
-                           to - from, here, block);
-          amx::matmul_block(out, left_is_block, block, item, from, to, packed, here, of_block, across, first && k == 0,
+          float* of_item = across ? sums + panel * shared_panels * kMatmulSums : base + part * per_part + of_block;
+          amx::MatmulPanels block{blocks.at(k, panel), blocks.panels.free};
+          if (!blocks.packed) {
+            bf16* own = reinterpret_cast<bf16*>(base + part * per_part);
+            amx::matmul_pack(block.data, blocks.strides, blocks.panels, left_is_block, to - from, here, own);
+            block = {own, here_size};
+          }
+          amx::matmul_block(out, left_is_block, block, item, from, to, other, here, of_item, across, first && k == 0,
                             last && k + here == K);
         }
     });
@@ -86,7 +108,7 @@ bool multiply_few_rows(const bf16* x, int64_t rows, int64_t K, const bf16* weigh
   if (!has_tiles() || rows > kMatmulPanel || K == 0 || K % 32 || reinterpret_cast<uintptr_t>(weight) % 64) return false;
   std::vector<bf16> space(matmul_panel_elements(K) + 32);
   bf16* packed = reinterpret_cast<bf16*>((reinterpret_cast<uintptr_t>(space.data()) + 63) / 64 * 64);
-  amx::matmul_pack(x, {1, K}, false, rows, K, packed);
+  amx::matmul_pack(x, {1, K}, {}, false, rows, K, packed);
   torch::stable::parallel_for(0, (N + kBlock - 1) / kBlock, kMinBlocks, [&](int64_t begin, int64_t end) {
     amx::matmul_few_rows(packed, rows, weight, K, bias, y, N, begin * kBlock, std::min(N, end * kBlock));
   });
@@ -94,11 +116,6 @@ bool multiply_few_rows(const bf16* x, int64_t rows, int64_t K, const bf16* weigh
 }
 
 namespace {
-
-// Whether a result is larger than a second-level cache, and rows of 32 elements are whole cache lines of it.
-bool goes_past_caches(const MatmulOut& out) {
-  return out.rows * out.columns > (1 << 20) && out.stride % 32 == 0 && reinterpret_cast<uintptr_t>(out.data) % 64 == 0;
-}
 
 // x as an operand; where no stride is 1, a copy.
 MatmulOperand operand(Tensor& x, int64_t free_dim) {
@@ -119,7 +136,6 @@ void check(const char* op, const Tensor& a, const Tensor& b) {
 void run(Tensor a, Tensor b, const bf16* bias, bool add, Tensor& out) {
   MatmulOut to{out.size(0), out.size(1)};
   to.data = static_cast<bf16*>(out.mutable_data_ptr()), to.stride = out.stride(0), to.bias = bias, to.add = add;
-  to.past_caches = !add && goes_past_caches(to);
   Workspace workspace(out);
   if (to.rows && to.columns) multiply(operand(a, 0), operand(b, 1), a.size(1), to, workspace);
 }
@@ -150,7 +166,9 @@ void add_matmul_(Tensor out, Tensor a, Tensor b) {
 
 int64_t statistics_block(int64_t) { return 1; }
 
-void multiply(const MatmulOperand&, const MatmulOperand&, int64_t, const MatmulOut&, Workspace&, float*, bool, bool) {}
+MatmulOperand pack(const MatmulOperand& operand, bool, int64_t, int64_t, bf16*) { return operand; }
+
+void multiply(const MatmulOperand&, const MatmulOperand&, int64_t, MatmulOut, Workspace&, float*, bool, bool) {}
 
 bool multiply_few_rows(const bf16*, int64_t, int64_t, const bf16*, int64_t, const bf16*, bf16*) { return false; }
 

@@ -19,18 +19,19 @@ PYGPT_INLINE vf load_pairs(const bf16* from, int64_t stride, int64_t rows, int64
 }
 
 // `count` rows of the left operand (or columns of the right one) that are neighbours in memory, while the elements of each
-// along the summed dimension are `stride` apart. TRANSPOSE: as left tiles, which need them the other way round. All panels
+// along the summed dimension are strides.k apart. TRANSPOSE: as left tiles, which need them the other way round. All panels
 // advance together, so that memory is read in long runs.
 template <bool TRANSPOSE>
-static void pack_across(const bf16* from, int64_t stride, int64_t count, int64_t k, bf16* to) {
-  const int64_t size = matmul_panel_elements(k);
-  for (int64_t i = 0; i < k; i += kMatmulStep, from += kMatmulStep * stride, to += kMatmulPanelStep)
+static void pack_across(const bf16* from, MatmulStrides strides, MatmulStrides panels, int64_t count, int64_t k, bf16* to) {
+  const int64_t size = matmul_panel_elements(k), stride = strides.k;
+  for (int64_t i = 0; i < k; i += kMatmulStep, from += panels.k, to += kMatmulPanelStep)
     for (int64_t c = 0; c < round_up(count, kMatmulPanel); c += 16) {
+      const bf16* tile_from = from + c / kMatmulPanel * panels.free + c % kMatmulPanel;
       bf16* tile_to = to + c / kMatmulPanel * size + c % kMatmulPanel / 16 * kTileElements;
       vf tile[16];
 #pragma GCC unroll 16
       for (int p = 0; p < 16; ++p)
-        tile[p] = load_pairs(from + 2 * p * stride + c, stride, k - i - 2 * p, larger(count - c, 0));
+        tile[p] = load_pairs(tile_from + 2 * p * stride, stride, k - i - 2 * p, larger(count - c, 0));
       if constexpr (TRANSPOSE) transpose<8>(tile);
 #pragma GCC unroll 16
       for (int p = 0; p < 16; ++p) store(reinterpret_cast<float*>(tile_to + 32 * p), tile[p]);
@@ -56,11 +57,12 @@ static void pack_along(const bf16* from, int64_t stride, int64_t count, int64_t 
 }
 
 // `count` rows or columns of an operand, as panels of the summed dimension's k elements.
-static void matmul_pack(const bf16* from, MatmulStrides strides, bool left, int64_t count, int64_t k, bf16* to) {
+static void matmul_pack(const bf16* from, MatmulStrides strides, MatmulStrides panels, bool left, int64_t count, int64_t k,
+                        bf16* to) {
   if (strides.k == 1)
     (left ? pack_along<false> : pack_along<true>)(from, strides.free, count, k, to);
   else
-    (left ? pack_across<true> : pack_across<false>)(from, strides.k, count, k, to);
+    (left ? pack_across<true> : pack_across<false>)(from, strides, panels, count, k, to);
 }
 
 PYGPT_INLINE vf load_upper_masked(const bf16* from, __mmask16 mask) {
@@ -144,8 +146,12 @@ PYGPT_INLINE void gradient_row(const Pending& of, const MatmulOut& out) {
   const uint64_t at = out.targets[row] - out.first_column - of.column;
   if (at < static_cast<uint64_t>(of.columns))
     p[at / 16] = lane_numbers() == (int32_t)(at % 16) ? splat(out.at_target[row]) : p[at / 16];
-  _mm512_mask_storeu_epi16(out.data + row * out.stride + of.column, mask,
-                           (__m512i)_mm512_cvtne2ps_pbh((__m512)p[1], (__m512)p[0]));
+  const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh((__m512)p[1], (__m512)p[0]);
+  if (out.packed)  // the panel's two tiles of a step lie one after the other, and so do their rows
+    _mm512_store_si512(out.data + row / kMatmulPanel * out.stride + of.column * kMatmulPanel + of.done * kMatmulStep,
+                       _mm512_maskz_mov_epi16(mask, rounded));
+  else
+    _mm512_mask_storeu_epi16(out.data + row * out.stride + of.column, mask, rounded);
 }
 
 // At most `rows` more.
@@ -211,6 +217,12 @@ static void multiply_panels(const bf16* of_block, const bf16* of_other, const fl
   tile_store<0>(to, 64), tile_store<1>(to + 256, 64), tile_store<2>(to + 512, 64), tile_store<3>(to + 768, 64);
 }
 
+// Where the panels of an operand lie, `stride` elements apart.
+struct MatmulPanels {
+  const bf16* data;
+  int64_t stride;
+};
+
 constexpr int64_t kRun = 2;  // panels of columns, whose lines of the result are fetched together
 
 // The part of the result to fetch while panel p of the block is multiplied with panel q of the other operand: some rows, and
@@ -222,7 +234,7 @@ static Fetch fetch_result(const MatmulOut& out, int64_t begin, int64_t end, int6
   int64_t column = (BLOCK_IS_LEFT ? 0 : begin) + (of_columns / kRun + 1) * kRun * kMatmulPanel;
   if (!BLOCK_IS_LEFT && column >= end) row += kMatmulPanel, column = begin;
   row += of_columns % kRun * (kMatmulPanel / kRun);
-  if (!out.data || out.past_caches || row >= out.rows || column >= last_column) return {};
+  if (!out.data || out.packed || out.past_caches || row >= out.rows || column >= last_column) return {};
   return {out.data + row * out.stride + column, out.stride, smaller(kMatmulPanel / kRun, out.rows - row),
           smaller(kRun, matmul_panels(last_column - column))};
 }
@@ -232,10 +244,10 @@ static Fetch fetch_result(const MatmulOut& out, int64_t begin, int64_t end, int6
 // begin .. end. sums: where they lie between parts, a panel of the block each; with `across`, from one call to the next and
 // those of all blocks.
 template <bool BLOCK_IS_LEFT, Finish FINISH>
-static void multiply_block(const MatmulOut& out, const bf16* block, int64_t number, int64_t begin, int64_t end,
-                           const bf16* other, int64_t k, float* sums, bool across, bool first, bool last) {
+static void multiply_block(const MatmulOut& out, MatmulPanels block, int64_t number, int64_t begin, int64_t end,
+                           MatmulPanels other, int64_t k, float* sums, bool across, bool first, bool last) {
   const TileScope tiles;
-  const int64_t steps = (k + kMatmulStep - 1) / kMatmulStep, size = steps * kMatmulPanelStep;
+  const int64_t steps = (k + kMatmulStep - 1) / kMatmulStep;
   const int64_t parts = (steps + kMatmulSteps - 1) / kMatmulSteps, in_part = (steps + parts - 1) / parts;
   const int64_t panels = matmul_panels(BLOCK_IS_LEFT ? out.columns : out.rows), in_block = matmul_panels(end - begin);
   const int64_t lines = (32 + in_block - 1) / in_block;  // to fetch ahead in a step, of two tiles in as many as there are
@@ -247,7 +259,7 @@ static void multiply_block(const MatmulOut& out, const bf16* block, int64_t numb
     for (int64_t step = 0; step < steps; step += in_part) {
       const int64_t here = smaller(in_part, steps - step);
       const bool ends = last && step + here >= steps;
-      const bf16* of_other = other + q * size + step * kMatmulPanelStep;
+      const bf16* of_other = other.data + q * other.stride + step * kMatmulPanelStep;
       for (int64_t p = 0; p < in_block; ++p) {
         float* so_far = sums + (across ? p * panels + q : p) * kMatmulSums;
         float* to = ends ? complete : so_far;
@@ -255,11 +267,12 @@ static void multiply_block(const MatmulOut& out, const bf16* block, int64_t numb
         if (ends) {
           beside.written = fetch_result<BLOCK_IS_LEFT>(out, begin, end, p, q);
         } else if (across && step == 0) {
-          const float* next = p + 1 < in_block ? so_far + panels * kMatmulSums : sums + smaller(q + 1, panels - 1) * kMatmulSums;
+          const int64_t next_q = smaller(q + 1, panels - 1);
+          const float* next = p + 1 < in_block ? so_far + panels * kMatmulSums : sums + next_q * kMatmulSums;
           beside.written = {reinterpret_cast<const bf16*>(next), 4 * 32, kMatmulSums / 64, 4};
         }
         (first && step == 0 ? multiply_panels<false, BLOCK_IS_LEFT, FINISH> : multiply_panels<true, BLOCK_IS_LEFT, FINISH>)(
-            block + p * size + step * kMatmulPanelStep, of_other, so_far, to, here, beside, out, softmax);
+            block.data + p * block.stride + step * kMatmulPanelStep, of_other, so_far, to, here, beside, out, softmax);
         if (!ends) continue;
         const int64_t row = BLOCK_IS_LEFT ? begin + p * kMatmulPanel : q * kMatmulPanel;
         const int64_t column = BLOCK_IS_LEFT ? q * kMatmulPanel : begin + p * kMatmulPanel;
@@ -275,8 +288,8 @@ static void multiply_block(const MatmulOut& out, const bf16* block, int64_t numb
   if (out.past_caches) _mm_sfence();  // other threads are to see it
 }
 
-static void matmul_block(const MatmulOut& out, bool block_is_left, const bf16* block, int64_t number, int64_t begin,
-                         int64_t end, const bf16* other, int64_t k, float* sums, bool across, bool first, bool last) {
+static void matmul_block(const MatmulOut& out, bool block_is_left, MatmulPanels block, int64_t number, int64_t begin,
+                         int64_t end, MatmulPanels other, int64_t k, float* sums, bool across, bool first, bool last) {
   const auto multiply = out.finish == Finish::statistics ? multiply_block<false, Finish::statistics>
                         : out.finish == Finish::gradient ? multiply_block<false, Finish::gradient>
                         : block_is_left                  ? multiply_block<true, Finish::round>
