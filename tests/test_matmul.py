@@ -20,10 +20,11 @@ pytestmark = pytest.mark.skipif(
     backends.extension is None or not backends.extension.has_tiles(),
     reason="no AMX here; `make test-amx` runs this test on an emulation",
 )
-# Panels are of 32, steps of 32 and 256, parts of the sum of up to 2,048, blocks of up to 512.
+# Panels are of 32, steps of 32 and 512, parts of the sum of up to 1,024, blocks of up to 512. The last result is larger than a
+# second-level cache, and whole cache lines of it are written past the caches.
 SHAPES = [  # M, K, N
     (1, 1, 1), (33, 65, 47), (31, 32, 33), (64, 256, 64), (100, 300, 77), (40, 2500, 70), (70, 5000, 33), (16, 7, 1100),
-    (1100, 33, 20), (600, 40, 600),
+    (1100, 33, 20), (600, 40, 600), (1050, 40, 1056),
 ]  # fmt: skip
 
 

@@ -48,7 +48,8 @@ struct Head {
 // Of T tokens: the sum of their losses, and gradients. `add` to that of weight.
 double chunk(const Head& head, const Tensor& like, const int64_t* targets, int64_t T, bool add) {
   const int64_t V = head.V, C = head.C, blocks = (V + statistics_block(C) - 1) / statistics_block(C);
-  const MatmulOperand hidden{head.hidden, {1, C}};
+  Tensor panels = new_empty(like, {matmul_panels(T) * matmul_panel_elements(C)}, ScalarType::BFloat16);
+  const MatmulOperand hidden = pack({head.hidden, {1, C}}, true, T, C, static_cast<bf16*>(panels.mutable_data_ptr()));
   std::vector<float> statistics((2 * blocks + 3) * T);
   float *log_sum = statistics.data() + (2 * blocks + 1) * T, *at_target = log_sum + T;
   MatmulOut out{T, V, Finish::statistics};
@@ -60,26 +61,30 @@ double chunk(const Head& head, const Tensor& like, const int64_t* targets, int64
   if (!head.grad_hidden && !head.grad_weight) return loss;
 
   const int64_t columns = std::clamp(kGradientElements / T / kColumns * kColumns, kColumns, kMaxColumns);
-  const int64_t stride = columns + 32;  // not a multiple of what the caches' sets are apart
-  Tensor space = new_empty(like, {T * stride}, ScalarType::BFloat16);
+  const int64_t stride = matmul_panel_elements(columns);  // gradients are packed where they are computed
+  Tensor space = new_empty(like, {matmul_panels(T) * stride}, ScalarType::BFloat16);
   Tensor sums = new_empty(like, {head.grad_hidden ? matmul_panels(T) * matmul_panels(C) * kMatmulSums : 0}, ScalarType::Float);
+  Tensor turned = new_empty(like, {head.grad_weight ? matmul_panels(C) * matmul_panel_elements(T) : 0}, ScalarType::BFloat16);
+  MatmulOperand hidden_right{head.hidden, {C, 1}};
+  if (head.grad_weight) hidden_right = pack(hidden_right, false, C, T, static_cast<bf16*>(turned.mutable_data_ptr()));
   bf16* gradient = static_cast<bf16*>(space.mutable_data_ptr());
   for (int64_t v = 0; v < V; v += columns) {
     const int64_t here = std::min(columns, V - v);
     const bf16* weight = head.weight + v * C;
     MatmulOut logits{T, here, Finish::gradient, gradient, stride};
     logits.first_column = v, logits.targets = targets, logits.log_sum = log_sum;
-    logits.at_target = at_target, logits.factor = head.factor;
+    logits.at_target = at_target, logits.factor = head.factor, logits.packed = true;
     multiply(hidden, {weight, {1, C}}, C, logits, workspace);
     if (head.grad_hidden) {
       const MatmulOut to{T, C, Finish::round, head.grad_hidden, C};
-      multiply({gradient, {1, stride}}, {weight, {C, 1}}, here, to, workspace, sums.mutable_data_ptr<float>(), v == 0,
+      multiply(packed_operand(gradient, columns), {weight, {C, 1}}, here, to, workspace, sums.mutable_data_ptr<float>(), v == 0,
                v + here == V);
     }
     if (head.grad_weight) {
       MatmulOut to{here, C, Finish::round, head.grad_weight + v * C, C};
       to.add = add;
-      multiply({gradient, {stride, 1}}, {head.hidden, {C, 1}}, T, to, workspace);
+      const MatmulOperand transposed(gradient, {kMatmulStep, 1}, {stride, kMatmulPanelStep});
+      multiply(transposed, hidden_right, T, to, workspace);
     }
   }
   return loss;

@@ -11,22 +11,37 @@ constexpr int64_t kMatmulStep = 32;                               // along the s
 constexpr int64_t kTileElements = 512;                            // of bfloat16
 constexpr int64_t kMatmulPanelStep = kMatmulPanel * kMatmulStep;  // elements of a panel in a step: two tiles
 constexpr int64_t kMatmulSums = kMatmulPanel * kMatmulPanel;      // of a panel with a panel
-// Steps between which sums wait in memory: two panels of so many, and the sums, fit the first-level cache.
-constexpr int64_t kMatmulSteps = 8;
-constexpr int64_t kMatmulMaxK = 2048;  // of the summed dimension, packed at a time: blocks are then wide
+// Steps between which sums wait in memory: so much of a panel, and the sums, fit the first-level cache.
+constexpr int64_t kMatmulSteps = 16;
+constexpr int64_t kMatmulMaxK = 1024;  // of the summed dimension, packed at a time: blocks are then wide
 
 constexpr int64_t matmul_panels(int64_t count) { return (count + kMatmulPanel - 1) / kMatmulPanel; }
 constexpr int64_t matmul_panel_elements(int64_t k) { return (k + kMatmulStep - 1) / kMatmulStep * kMatmulPanelStep; }
 
-// Of an operand, in elements: along the summed dimension, and along the one that the result has too. One of them is 1.
+// Of an operand, in elements: along the summed dimension, and along the one that the result has too.
 struct MatmulStrides {
   int64_t k, free;
 };
 
+// Of the strides of its elements one is 1. `panels`: how far 32 elements take one, which need not be 32 of those: blocks of
+// 32 x 32 may lie by themselves. `packed`: as panels already, which lie panels.free apart.
 struct MatmulOperand {
+  MatmulOperand(const bf16* data, MatmulStrides strides)
+      : MatmulOperand(data, strides, {kMatmulStep * strides.k, kMatmulPanel * strides.free}) {}
+  MatmulOperand(const bf16* data, MatmulStrides strides, MatmulStrides panels, bool packed = false)
+      : data(data), strides(strides), panels(panels), packed(packed) {}
+
+  const bf16* at(int64_t k, int64_t panel) const { return data + k / kMatmulStep * panels.k + panel * panels.free; }
+
   const bf16* data;
-  MatmulStrides strides;
+  MatmulStrides strides, panels;
+  bool packed;
 };
+
+// `packed` as an operand: of K summed elements, as matmul_pack leaves it.
+inline MatmulOperand packed_operand(const bf16* packed, int64_t K) {
+  return {packed, {1, kMatmulStep}, {kMatmulPanelStep, matmul_panel_elements(K)}, true};
+}
 
 // What becomes of sums that are complete: rounded (with a bias, or added to what is there); or, where they are logits, the
 // statistics of their softmax, or the gradient of the cross-entropy.
@@ -39,6 +54,8 @@ struct MatmulOut {
   int64_t stride = 0;
   const bf16* bias = nullptr;  // (columns,)
   bool add = false;
+  bool packed = false;       // of gradients: as panels of a left operand, `stride` apart
+  bool past_caches = false;  // whether `data` is written so: `multiply` decides
   // Of a softmax over the vocabulary, whose columns from first_column on are these; in units of log2.
   int64_t first_column = 0;
   const int64_t* targets = nullptr;               // (rows,), or what is no column
@@ -68,10 +85,13 @@ class Workspace {
 // Columns of a block of `statistics`: they depend on nothing but K.
 int64_t statistics_block(int64_t K);
 
+// Packs `count` rows of a left operand, or columns of a right one, by all threads.
+MatmulOperand pack(const MatmulOperand& operand, bool left, int64_t count, int64_t K, bf16* to);
+
 // left (rows x K) times right (K x columns), by AMX tiles. `sums`: where sums wait for the next call, which goes on with
 // them unless it is the `first`; they are finished in the `last`. rows x columns, each rounded up to whole panels; null where
 // there is but one call.
-void multiply(const MatmulOperand& left, const MatmulOperand& right, int64_t K, const MatmulOut& out, Workspace& workspace,
+void multiply(const MatmulOperand& left, const MatmulOperand& right, int64_t K, MatmulOut out, Workspace& workspace,
               float* sums = nullptr, bool first = true, bool last = true);
 
 // x (rows x K) times weight (N x K) transposed + bias -> y (rows x N), all contiguous, at the pace of reading weight. Whether

@@ -116,6 +116,11 @@ void tile_load(const void* from, int64_t stride) {
 }
 
 template <int TILE>
+void tile_load_once(const void* from, int64_t stride) {
+  tile_load<TILE>(from, stride);
+}
+
+template <int TILE>
 void tile_store(void* to, int64_t stride) {
   amx_emulation::State& s = amx_emulation::configured("tilestored");
   if (!s.config.rows[TILE]) amx_emulation::refuse("tilestored", "this tile is not configured");
