@@ -216,12 +216,7 @@ PYGPT_INLINE vf tile_exp2(vf x) {
 }
 
 // Adds half a unit of a bfloat16's last place: what lies above is then rounded to nearest.
-PYGPT_INLINE vu half_up(vf x) { return (vu)x + 0x8000u; }
-
-// The upper halves of both.
-PYGPT_INLINE vf join_upper(vu low, vu high) {
-  return (vf)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)(low >> 16), (__m512i)high);
-}
+PYGPT_INLINE vf half_up(vf x) { return (vf)((vu)x + 0x8000u); }
 
 // Of a vector of queries, the key's row: P^T o Z without 1 / (1 - p) over the scores, dS^T over dP^T.
 template <bool DROPOUT, bool MASKED>
@@ -259,7 +254,7 @@ static void softmax_backward(const AttentionShape& shape, const TileBuffers& w, 
     }
   const uint16_t* keep = w.keep + (step % (kBlockQueries / kStep)) * 128 + key % 64;
   for (int r = 0; r < kStep; r += 2, across += kLanes) {
-    vu p[2][2], ds[2][2];
+    vf p[2][2], ds[2][2];
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i)
 #pragma GCC unroll 2
@@ -279,12 +274,12 @@ static void softmax_backward(const AttentionShape& shape, const TileBuffers& w, 
     if constexpr (KEYS)
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) {
-        store(p_to + (r + i) * kLanes, join_upper(p[i][0], p[i][1]));
-        store(ds_to + (r + i) * kLanes, join_upper(ds[i][0], ds[i][1]));
+        store(p_to + (r + i) * kLanes, pair_upper(p[i][0], p[i][1]));
+        store(ds_to + (r + i) * kLanes, pair_upper(ds[i][0], ds[i][1]));
       }
     if constexpr (QUERIES) {
-      store(across, join_upper(ds[0][0], ds[1][0]));
-      store(across + kTile, join_upper(ds[0][1], ds[1][1]));
+      store(across, pair_upper(ds[0][0], ds[1][0]));
+      store(across + kTile, pair_upper(ds[0][1], ds[1][1]));
     }
   }
 }
