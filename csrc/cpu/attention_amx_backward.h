@@ -66,53 +66,65 @@ static TileBuffers lay_out_tiles(const AttentionShape& shape, float* at) {
 
 // --- packing -------------------------------------------------------------------------------------------------------
 
+// Rows are loaded by load_slice, which has no branch: the processor then has more of them, which often no cache holds, under
+// way at once.
+
 // 32 rows as the first operand of a product over D: n blocks.
 static void pack_first(const bf16* from, int64_t stride, int64_t rows, int64_t D, int64_t n, float* to) {
-  for (int64_t r = 0; r < kStep; ++r)
-    for (int64_t i = 0; i < n; ++i)
-      store(to + i * kOperand + r * kLanes, r < rows ? load_units(from + r * stride, i * kStep, D) : vf{});
+  for (int64_t r = 0; r < kStep; ++r, from += stride, to += kLanes)
+    for (int64_t i = 0; i < n; ++i) store(to + i * kOperand, (vf)load_slice(from, i * kStep, D, r < rows));
 }
 
 // 32 rows, transposed, as the second operand of a product over D: n blocks.
 static void pack_second_across(const bf16* from, int64_t stride, int64_t rows, int64_t D, int64_t n, float* to) {
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t r = 0; r < kStep; r += kLanes, to += kTile) {
+  for (int64_t r = 0; r < kStep; r += kLanes)
+    for (int64_t i = 0; i < n; ++i) {
       vf block[kLanes];
 #pragma GCC unroll 16
-      for (int j = 0; j < kLanes; ++j)
-        block[j] = r + j < rows ? load_units(from + (r + j) * stride, i * kStep, D) : vf{};
+      for (int j = 0; j < kLanes; ++j) block[j] = (vf)load_slice(from + (r + j) * stride, i * kStep, D, r + j < rows);
       transpose<kLanes / 2>(block);
 #pragma GCC unroll 16
-      for (int j = 0; j < kLanes; ++j) store(to + j * kLanes, block[j]);
+      for (int j = 0; j < kLanes; ++j) store(to + i * kOperand + (r + j) * kLanes, block[j]);
     }
-}
-
-// Row r of 32 and the one `apart` below it, from element d on, as 16 units.
-PYGPT_INLINE vf load_two(const bf16* from, int64_t stride, int64_t r, int64_t apart, int64_t rows, int64_t d, int64_t D) {
-  if (r >= rows) return vf{};
-  const bf16* row = from + r * stride + d;
-  return load_pair_of_rows(row, r + apart < rows ? row + apart * stride : nullptr, D - d);
 }
 
 // 32 rows as the second operand of a product that sums over them, in pairs 16 apart: n blocks.
 static void pack_second(const bf16* from, int64_t stride, int64_t rows, int64_t D, int64_t n, float* to) {
-  for (int64_t d = 0; d < n * kStep; d += kLanes)
-    for (int64_t r = 0; r < kLanes; ++r, to += kLanes) store(to, load_two(from, stride, r, kLanes, rows, d, D));
+  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);  // so that unpacking leaves elements in theirs
+  for (int64_t r = 0; r < kLanes; ++r, from += stride, to += kLanes)
+    for (int64_t i = 0; i < n; ++i) {
+      const __m512i low = _mm512_permutexvar_epi64(order, load_slice(from, i * kStep, D, r < rows));
+      const __m512i high =
+          _mm512_permutexvar_epi64(order, load_slice(from + kLanes * stride, i * kStep, D, r + kLanes < rows));
+      store(to + i * kOperand, (vf)_mm512_unpacklo_epi16(low, high));
+      store(to + i * kOperand + kTile, (vf)_mm512_unpackhi_epi16(low, high));
+    }
 }
 
 // 32 rows, transposed, as the first operand of a product that sums over them, in pairs of neighbours: n blocks, `step`
 // floats apart.
 static void pack_first_across(const bf16* from, int64_t stride, int64_t rows, int64_t D, int64_t n, float* to,
                               int64_t step) {
-  for (int64_t d = 0; d < n * kStep; d += kLanes) {
-    vf block[kLanes];
-#pragma GCC unroll 16
-    for (int j = 0; j < kLanes; ++j) block[j] = load_two(from, stride, 2 * j, 1, rows, d, D);
-    transpose<kLanes / 2>(block);
-    float* at = to + d / kStep * step + d % kStep / kLanes * kTile;
-#pragma GCC unroll 16
-    for (int j = 0; j < kLanes; ++j) store(at + j * kLanes, block[j]);
+  for (int64_t i = 0; i < n; ++i, to += step) {
+    pack_columns_of_slice<false>(from, stride, rows, i * kStep, D, to, kTile);
+    pack_columns_of_slice<true>(from, stride, rows, i * kStep, D, to, kTile);
   }
+}
+
+// Of 16 rows, the sums of the products of two of their kind.
+static vf sums_of_products(const bf16* a, int64_t a_stride, const bf16* b, int64_t b_stride, int64_t rows, int64_t D) {
+  vf sums[kLanes] = {};
+  for (int64_t d = 0; d < D; d += kStep)
+#pragma GCC unroll 16
+    for (int j = 0; j < kLanes; ++j)
+      sums[j] = (vf)_mm512_dpbf16_ps((__m512)sums[j], (__m512bh)load_slice(a + j * a_stride, d, D, j < rows),
+                                     (__m512bh)load_slice(b + j * b_stride, d, D, j < rows));
+  transpose<kLanes / 2>(sums);
+#pragma GCC unroll 4
+  for (int width = kLanes / 2; width > 0; width /= 2)
+#pragma GCC unroll 8
+    for (int j = 0; j < width; ++j) sums[j] += sums[j + width];
+  return sums[0];
 }
 
 // --- products ------------------------------------------------------------------------------------------------------
@@ -204,12 +216,7 @@ PYGPT_INLINE vf tile_exp2(vf x) {
 }
 
 // Adds half a unit of a bfloat16's last place: what lies above is then rounded to nearest.
-PYGPT_INLINE vu half_up(vf x) { return (vu)x + 0x8000u; }
-
-// The upper halves of both.
-PYGPT_INLINE vf join_upper(vu low, vu high) {
-  return (vf)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)(low >> 16), (__m512i)high);
-}
+PYGPT_INLINE vf half_up(vf x) { return (vf)((vu)x + 0x8000u); }
 
 // Of a vector of queries, the key's row: P^T o Z without 1 / (1 - p) over the scores, dS^T over dP^T.
 template <bool DROPOUT, bool MASKED>
@@ -247,7 +254,7 @@ static void softmax_backward(const AttentionShape& shape, const TileBuffers& w, 
     }
   const uint16_t* keep = w.keep + (step % (kBlockQueries / kStep)) * 128 + key % 64;
   for (int r = 0; r < kStep; r += 2, across += kLanes) {
-    vu p[2][2], ds[2][2];
+    vf p[2][2], ds[2][2];
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i)
 #pragma GCC unroll 2
@@ -267,12 +274,12 @@ static void softmax_backward(const AttentionShape& shape, const TileBuffers& w, 
     if constexpr (KEYS)
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) {
-        store(p_to + (r + i) * kLanes, join_upper(p[i][0], p[i][1]));
-        store(ds_to + (r + i) * kLanes, join_upper(ds[i][0], ds[i][1]));
+        store(p_to + (r + i) * kLanes, pair_upper(p[i][0], p[i][1]));
+        store(ds_to + (r + i) * kLanes, pair_upper(ds[i][0], ds[i][1]));
       }
     if constexpr (QUERIES) {
-      store(across, join_upper(ds[0][0], ds[1][0]));
-      store(across + kTile, join_upper(ds[0][1], ds[1][1]));
+      store(across, pair_upper(ds[0][0], ds[1][0]));
+      store(across + kTile, pair_upper(ds[0][1], ds[1][1]));
     }
   }
 }
@@ -305,14 +312,12 @@ static void pack_queries_for_tiles(const AttentionShape& shape, const BackwardIn
     pack_second(q, in.q.time, rows, D, n, w.query + to);
     pack_second_across(grad, in.grad.time, rows, D, n, w.grad_across + to);
     pack_second(grad, in.grad.time, rows, D, n, w.grad + to);
-    for (int64_t t = first; t < first + kStep; ++t, grad += in.grad.time) {
-      vf sum = {};
+    const bf16* out = in.out + ((b * shape.T + first) * shape.H + h) * D;
+    for (int64_t r = 0; r < kStep; r += kLanes)
+      store(w.minus_delta + first + r, -sums_of_products(out + r * shape.H * D, shape.H * D, grad + r * in.grad.time,
+                                                         in.grad.time, rows - r, D));
+    for (int64_t t = first; t < first + kStep; ++t) {
       const bool present = t < shape.T;
-      if (present) {
-        const bf16* out = in.out + ((b * shape.T + t) * shape.H + h) * D;
-        PYGPT_FOR_LANES(D, sum += load_step(out + i, n) * load_step(grad + i, n);)
-      }
-      w.minus_delta[t] = -reduce_add(sum);
       w.lse2[t] = present ? in.lse[head * shape.T + t] * kLog2E : 0;
       w.first_key[t] = static_cast<int32_t>(shape.first_key(head, t));
       w.end_key[t] = present ? static_cast<int32_t>(shape.end_key(t)) : 0;
