@@ -13,10 +13,27 @@
 namespace pygpt {
 namespace {
 
-constexpr int64_t kTokens = 4096;                      // at a time; beyond them gradients of weight are added up
-constexpr int64_t kGradientElements = 12 << 20;        // of the vocabulary's columns that are at hand
-constexpr int64_t kColumns = 512, kMaxColumns = 4096;  // of which those are a multiple, and the most
 constexpr float kLog2E = 1.44269504088896341f;
+
+int64_t blocks_of(int64_t V, int64_t C) { return (V + statistics_block(C) - 1) / statistics_block(C); }
+
+// How many tokens at a time, and for how many columns of the vocabulary their gradients are at hand: as much as a workspace of
+// 64 MB holds besides what `multiply` packs. Gradients of weight are added up where there are more tokens.
+struct Sizes {
+  static constexpr int64_t kBytes = 48 << 20, kMaxTokens = 4096;
+  static constexpr int64_t kColumns = 512, kFewColumns = 2048, kMaxColumns = 4096;  // multiples of the first
+
+  Sizes(int64_t N, int64_t V, int64_t C) {
+    // Of a token: hidden, packed for two products, the sums of its gradient, and statistics of each block.
+    const int64_t bytes = 8 * C + 8 * blocks_of(V, C), gradient = sizeof(bf16);
+    const int64_t most = std::clamp<int64_t>(kBytes / (bytes + kFewColumns * gradient), kMatmulPanel, kMaxTokens);
+    const int64_t chunks = (N + most - 1) / most;
+    tokens = matmul_panels((N + chunks - 1) / chunks) * kMatmulPanel;
+    columns = std::clamp((kBytes / tokens - bytes) / gradient / kColumns * kColumns, kColumns, kMaxColumns);
+  }
+
+  int64_t tokens, columns;
+};
 
 // Of some tokens: log2 of the softmax's denominator, the gradient at the target, and the sum of the losses.
 double log_sums(const MatmulOut& of, int64_t blocks, float factor, float* log_sum, float* at_target) {
@@ -45,29 +62,44 @@ struct Head {
   float factor;
 };
 
+// For the tokens at hand, one lot after the other.
+struct Buffers {
+  Buffers(const Tensor& like, int64_t T, int64_t V, int64_t C, int64_t columns, bool of_hidden, bool of_weight)
+      : hidden(of_bf16(like, matmul_panels(T) * matmul_panel_elements(C))),
+        turned(of_bf16(like, of_weight ? matmul_panels(C) * matmul_panel_elements(T) : 0)),
+        gradient(of_bf16(like, of_hidden || of_weight ? matmul_panels(T) * matmul_panel_elements(columns) : 0)),
+        sums(new_empty(like, {of_hidden ? matmul_panels(T) * matmul_panels(C) * kMatmulSums : 0}, ScalarType::Float)),
+        statistics((2 * blocks_of(V, C) + 3) * T),
+        workspace(like) {}
+
+  static Tensor of_bf16(const Tensor& like, int64_t count) { return new_empty(like, {count}, ScalarType::BFloat16); }
+  static bf16* data(Tensor& x) { return static_cast<bf16*>(x.mutable_data_ptr()); }
+
+  Tensor hidden, turned;  // packed, for the products by weight and by the gradient of the logits
+  Tensor gradient;        // of the logits, of some columns, packed where it is computed
+  Tensor sums;            // of the gradient of hidden
+  std::vector<float> statistics;
+  Workspace workspace;
+};
+
 // Of T tokens: the sum of their losses, and gradients. `add` to that of weight.
-double chunk(const Head& head, const Tensor& like, const int64_t* targets, int64_t T, bool add) {
-  const int64_t V = head.V, C = head.C, blocks = (V + statistics_block(C) - 1) / statistics_block(C);
-  Tensor panels = new_empty(like, {matmul_panels(T) * matmul_panel_elements(C)}, ScalarType::BFloat16);
-  const MatmulOperand hidden = pack({head.hidden, {1, C}}, true, T, C, static_cast<bf16*>(panels.mutable_data_ptr()));
-  std::vector<float> statistics((2 * blocks + 3) * T);
-  float *log_sum = statistics.data() + (2 * blocks + 1) * T, *at_target = log_sum + T;
+double chunk(const Head& head, Buffers& buffers, const int64_t* targets, int64_t T, int64_t columns, bool add) {
+  const int64_t V = head.V, C = head.C, blocks = blocks_of(V, C);
+  const MatmulOperand hidden = pack({head.hidden, {1, C}}, true, T, C, Buffers::data(buffers.hidden));
+  float* statistics = buffers.statistics.data();
+  float *log_sum = statistics + (2 * blocks + 1) * T, *at_target = log_sum + T;
   MatmulOut out{T, V, Finish::statistics};
-  out.targets = targets, out.largest = statistics.data();
+  out.targets = targets, out.largest = statistics;
   out.sum = out.largest + blocks * T, out.of_target = out.sum + blocks * T;
-  Workspace workspace(like);
+  Workspace& workspace = buffers.workspace;
   multiply(hidden, {head.weight, {1, C}}, C, out, workspace);
   const double loss = log_sums(out, blocks, head.factor, log_sum, at_target);
   if (!head.grad_hidden && !head.grad_weight) return loss;
 
-  const int64_t columns = std::clamp(kGradientElements / T / kColumns * kColumns, kColumns, kMaxColumns);
-  const int64_t stride = matmul_panel_elements(columns);  // gradients are packed where they are computed
-  Tensor space = new_empty(like, {matmul_panels(T) * stride}, ScalarType::BFloat16);
-  Tensor sums = new_empty(like, {head.grad_hidden ? matmul_panels(T) * matmul_panels(C) * kMatmulSums : 0}, ScalarType::Float);
-  Tensor turned = new_empty(like, {head.grad_weight ? matmul_panels(C) * matmul_panel_elements(T) : 0}, ScalarType::BFloat16);
+  const int64_t stride = matmul_panel_elements(columns);
   MatmulOperand hidden_right{head.hidden, {C, 1}};
-  if (head.grad_weight) hidden_right = pack(hidden_right, false, C, T, static_cast<bf16*>(turned.mutable_data_ptr()));
-  bf16* gradient = static_cast<bf16*>(space.mutable_data_ptr());
+  if (head.grad_weight) hidden_right = pack(hidden_right, false, C, T, Buffers::data(buffers.turned));
+  bf16* gradient = Buffers::data(buffers.gradient);
   for (int64_t v = 0; v < V; v += columns) {
     const int64_t here = std::min(columns, V - v);
     const bf16* weight = head.weight + v * C;
@@ -77,7 +109,7 @@ double chunk(const Head& head, const Tensor& like, const int64_t* targets, int64
     multiply(hidden, {weight, {1, C}}, C, logits, workspace);
     if (head.grad_hidden) {
       const MatmulOut to{T, C, Finish::round, head.grad_hidden, C};
-      multiply(packed_operand(gradient, columns), {weight, {C, 1}}, here, to, workspace, sums.mutable_data_ptr<float>(), v == 0,
+      multiply(packed_operand(gradient, columns), {weight, {C, 1}}, here, to, workspace, buffers.sums.mutable_data_ptr<float>(), v == 0,
                v + here == V);
     }
     if (head.grad_weight) {
@@ -121,12 +153,13 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(Tensor hidden, Tensor we
   };
   const bf16* of_weight = static_cast<const bf16*>(weight.const_data_ptr());
   double total = 0;
-  const int64_t chunks = (N + kTokens - 1) / kTokens, length = matmul_panels((N + chunks - 1) / chunks) * kMatmulPanel;
-  for (int64_t n = 0; n < N; n += length) {
+  const Sizes sizes(N, V, C);
+  Buffers buffers(hidden, sizes.tokens, V, C, sizes.columns, need_hidden, need_weight);
+  for (int64_t n = 0; n < N; n += sizes.tokens) {
     const bf16* of_hidden = static_cast<const bf16*>(hidden.const_data_ptr()) + n * C;
     const Head head{of_hidden, of_weight, V, C, at(grad_hidden, need_hidden, n), at(grad_weight, need_weight, 0),
                     1.0f / static_cast<float>(std::max<int64_t>(count, 1))};
-    total += chunk(head, hidden, of_tokens.data() + n, std::min(length, N - n), n > 0);
+    total += chunk(head, buffers, of_tokens.data() + n, std::min(sizes.tokens, N - n), sizes.columns, n > 0);
   }
   *loss.mutable_data_ptr<float>() = static_cast<float>(total / static_cast<double>(count));
   return {loss, grad_hidden, grad_weight};

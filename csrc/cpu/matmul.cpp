@@ -22,9 +22,12 @@ namespace {
 constexpr int64_t kBlockElements = 384 << 10;  // of a thread's block: with what passes by it fits a second-level cache of 2 MiB
 constexpr int64_t kMaxBlock = 512;             // rows or columns of it
 
-// The summed dimension goes in parts of this length, about equally long.
-int64_t part_of(int64_t K) {
-  const int64_t parts = (K + kMatmulMaxK - 1) / kMatmulMaxK;
+constexpr int64_t kMaxSums = 8 << 20;  // that wait in memory, in float32, between parts of the summed dimension
+
+// The summed dimension goes in parts of this length, about equally long; in one where too many sums would wait meanwhile.
+int64_t part_of(int64_t K, const MatmulOut& out) {
+  const bool whole = out.finish != Finish::round || out.rows * out.columns > kMaxSums;
+  const int64_t parts = whole ? 1 : (K + kMatmulMaxK - 1) / kMatmulMaxK;
   return ((K + parts - 1) / parts + kMatmulStep - 1) / kMatmulStep * kMatmulStep;
 }
 
@@ -54,7 +57,7 @@ MatmulOperand pack(const MatmulOperand& operand, bool left, int64_t count, int64
   return packed_operand(to, K);
 }
 
-int64_t statistics_block(int64_t K) { return largest_block(part_of(K)) * kMatmulPanel; }
+int64_t statistics_block(int64_t K) { return largest_block(K) * kMatmulPanel; }
 
 void multiply(const MatmulOperand& left, const MatmulOperand& right, int64_t K, MatmulOut out, Workspace& workspace,
               float* sums, bool first, bool last) {
@@ -63,7 +66,7 @@ void multiply(const MatmulOperand& left, const MatmulOperand& right, int64_t K, 
   const bool left_is_block = out.finish == Finish::round && out.rows >= 2 * out.columns;
   const MatmulOperand &blocks = left_is_block ? left : right, &shared = left_is_block ? right : left;
   const int64_t count = left_is_block ? out.rows : out.columns, shared_count = left_is_block ? out.columns : out.rows;
-  const int64_t threads = torch::stable::get_num_threads(), k_part = part_of(K), size = matmul_panel_elements(k_part);
+  const int64_t threads = torch::stable::get_num_threads(), k_part = part_of(K, out), size = matmul_panel_elements(k_part);
   const int64_t panels = matmul_panels(count), shared_panels = matmul_panels(shared_count), largest = largest_block(k_part);
   // As many blocks as a multiple of the threads, none larger than the cache allows, and about equally large.
   const bool fixed = out.finish == Finish::statistics;

@@ -13,7 +13,7 @@ constexpr int64_t kMatmulPanelStep = kMatmulPanel * kMatmulStep;  // elements of
 constexpr int64_t kMatmulSums = kMatmulPanel * kMatmulPanel;      // of a panel with a panel
 // Steps between which sums wait in memory: so much of a panel, and the sums, fit the first-level cache.
 constexpr int64_t kMatmulSteps = 16;
-constexpr int64_t kMatmulMaxK = 1024;  // of the summed dimension, packed at a time: blocks are then wide
+constexpr int64_t kMatmulMaxK = 1024;  // of the summed dimension, packed at a time where it may be split: blocks are then wide
 
 constexpr int64_t matmul_panels(int64_t count) { return (count + kMatmulPanel - 1) / kMatmulPanel; }
 constexpr int64_t matmul_panel_elements(int64_t k) { return (k + kMatmulStep - 1) / kMatmulStep * kMatmulPanelStep; }

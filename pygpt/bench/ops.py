@@ -73,15 +73,13 @@ def _attention(shape: Shape, dtype: torch.dtype, device: str) -> Pair:
     B, T, H, D = shape
     qkv = _random((B, T, 3 * H * D), dtype, device)
 
-    def split() -> tuple[Tensor, ...]:
-        return qkv.view(B, T, 3, H, D).unbind(2)  # (B, T, H, D) each: views of one projection, as a model has them
-
+    # q, k and v, (B, T, H, D) each, are views of one projection, as a model has them; its gradient is part of the work.
     def peer() -> Tensor:
-        q, k, v = (t.transpose(1, 2) for t in split())
+        q, k, v = (t.transpose(1, 2) for t in qkv.view(B, T, 3, H, D).unbind(2))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
     def ours() -> Tensor:
-        q, k, v = split()
+        q, k, v = ops.split_heads(qkv, H)
         return ops.causal_attention(q, k, v)
 
     flops = 2.0 * B * H * T * T * D  # two products of 2 T^2 D each, of which half is visible; backward has five
