@@ -1,5 +1,5 @@
 // A transformer block for the few tokens of a step of generation: its operators one after the other, without Python between
-// them, which would take as long as a third of the arithmetic.
+// them, in which the memory that weights come from would lie idle.
 
 #include <cmath>
 #include <cstring>

@@ -34,7 +34,7 @@ inline bool keeps_freed_memory = false;
 // The C library maps fresh memory for large results, in every call if they come and go, and page faults can cost several times
 // what filling them does: huge pages make them few. Advice only: where it is not taken, nothing but time is lost. Where memory
 // stays, making room for huge pages costs the first steps of a training more than they bring; so it does, in virtual machines,
-// for a table of a whole vocabulary: 16 ms at best for 77 MB, but 165 at worst, where small pages always take 40.
+// for a table of a whole vocabulary: 16 ms at best for 77 MB, but 165 at worst, where small pages take 35 to 63.
 inline void ask_for_huge_pages([[maybe_unused]] const Tensor& x) {
 #ifdef MADV_HUGEPAGE
   const uintptr_t start = reinterpret_cast<uintptr_t>(x.const_data_ptr()), bytes = x.numel() * x.element_size();

@@ -49,7 +49,7 @@ class Prepared:
 def _bound_by_nobody() -> Iterator[None]:
     """Meanwhile a process that is started may use every processor. Where the environment binds OpenMP's threads
     (GOMP_CPU_AFFINITY, OMP_PROC_BIND), this thread is bound to one; a process that inherits that takes its machine for so small
-    that its threads sleep instead of waiting for work, which costs a generation half of its speed."""
+    that its threads sleep instead of waiting for work, which costs a generation a third of its speed."""
     binds = any(name in os.environ for name in ("GOMP_CPU_AFFINITY", "OMP_PROC_BIND", "OMP_PLACES", "KMP_AFFINITY"))
     if not binds or not hasattr(os, "sched_setaffinity"):
         yield

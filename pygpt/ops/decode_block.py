@@ -1,8 +1,7 @@
 """A transformer block for the few tokens of a step of generation, as one operator of the CPU.
 
-It is the same operators one after the other, without Python between them: in GPT-2 124M that takes a quarter of a token's time,
-in which the memory that the weights come from lies idle (bench/LOG.md has the figures). For generation inside the model;
-users call the ops.
+It is the same operators one after the other, without Python between them, in which the memory that the weights come from lies
+idle (bench/LOG.md has the figures). For generation inside the model; users call the ops.
 """
 
 from __future__ import annotations
