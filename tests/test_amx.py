@@ -144,6 +144,7 @@ CASES = {  # B, T, S, H, D, documents, dropout
     "documents": (1, 150, 150, 2, 64, [[17, 40, 1, 31, 61]], 0.0),
     "documents in a cache": (2, 77, 160, 1, 40, [[20, 100, 40], [95, 33, 32]], 0.3),
     "growing scores": (1, 150, 260, 2, 64, None, 0.0),  # later keys have larger ones: what was summed is rescaled
+    "faraway scores": (1, 150, 260, 2, 64, None, 0.0),  # too large for the table of powers of two
     "falling scores": (1, 150, 260, 2, 64, None, 0.0),  # the first block of keys has the largest: nothing is
 }
 
@@ -153,9 +154,8 @@ def run(level, case, dtype=torch.bfloat16):
     B, T, S, H, D, documents, dropout_p = CASES[case]
     q, k, v = (leaf(B, n, H, D, dtype=dtype, seed=i) for i, n in enumerate((T, S, S)))
     if case.endswith("scores"):
-        factor = (
-            torch.linspace(0, 8, S, dtype=dtype) if case.startswith("growing") else torch.linspace(8, 0, S, dtype=dtype)
-        )
+        factor = {"growing": torch.linspace(0, 8, S), "falling": torch.linspace(8, 0, S), "faraway": torch.full((S,), 60)}
+        factor = factor[case.split()[0]].to(dtype)
         k = (k * factor[:, None, None]).detach().requires_grad_()
     starts = document_starts(documents, T) if documents else None
     cotangent = leaf(B, T, H, D, dtype=dtype, seed=9).detach()
@@ -185,7 +185,8 @@ def test_as_good_as_the_level_below(case):
     for name, a, b, e in zip(("out", "lse", "grad q", "grad k", "grad v"), amx, below, exact, strict=True):
         e = e.detach()
         error, error_below = ((x.double() - e).norm() for x in (a, b))
-        assert error <= 1.1 * error_below + 1e-6 * e.norm(), f"{name}: {error:.3g} against {error_below:.3g}"
+        most = 1.1 + e.numel() ** -0.5  # norms of so many independent roundings differ by that much by chance
+        assert error <= most * error_below + 1e-6 * e.norm(), f"{name}: {error:.3g} against {error_below:.3g}"
         assert (a.double() - b.double()).abs().max() <= 0.02 * e.abs().max() + 1e-6, name
     if case == "wide":  # in float32, not rounded away
         assert not torch.equal(amx[1], below[1]), "the level has a kernel of its own"

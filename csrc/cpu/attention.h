@@ -73,7 +73,8 @@ struct AttentionShape {
 
   // Floats of workspace per thread, or per work item for decode: forward, backward, decode.
   int64_t forward_workspace() const {
-    return (2 * key_blocks() + 2) * kAttentionBlock * width() + kAttentionBlock * (32 + 16 + 1) + 64;
+    return (2 * key_blocks() + 2) * kAttentionBlock * width() + kAttentionBlock * (2 * (32 + 16) + 2) +
+           (key_blocks() + 15) / 16 * 16;
   }
   int64_t backward_workspace() const {
     return (3 * query_blocks() + 5) * kAttentionBlock * width() + 2 * query_blocks() * kAttentionBlock +

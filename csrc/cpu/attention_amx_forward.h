@@ -4,9 +4,10 @@
 // need nothing across lanes, and two keys' probabilities, packed, are a row of P^T as the next product, O^T = V^T P^T,
 // takes it. Every operand is stored as tiles, 16 rows of 64 bytes one after another.
 //
-// A step is 32 queries against up to 64 keys: all that it reads and writes but keys and values stays in the first-level
-// cache. Products and exponentials take turns: tiles multiply on the port of one of the two vector units, and mixing both
-// more finely gains nothing. But comparisons, which wait for loads, are hidden between the rows of a product.
+// A step is 32 queries against up to 64 keys. What bounds it is the traffic of tiles, then the vectors' arithmetic, and only
+// then products; so all three go on at once: between the rows of the product that makes the next step's scores, and of the
+// one that adds the last step's output, stand the exponentials of this step and the maxima of the next. All that a step
+// works on but keys and values stays in the first-level cache, which those pass by.
 
 namespace pygpt::PYGPT_ISA {
 
@@ -17,57 +18,81 @@ constexpr int64_t kGroups = kBlock / kQueries, kKeyTiles = kBlock / kSide, kKeyS
 // --- products ------------------------------------------------------------------------------------------------------
 
 // c = a b, or with ADD c += a b, in tiles: c is (rows x 2), a (rows x slices) and b (slices x 2), with one or TWO slices.
-// Tiles 0 to 3 hold b for all rows, 4 and 5 a row of a, 6 and 7 one of c: so storing c overlaps with the next products.
+// Columns of b and of c, the halves of the queries, lie apart, rows of c one after another.
 struct TileProduct {
   const float* a;
   int64_t a_row, a_slice;  // from one row, or from one slice, to the next
   const float* b;
+  int64_t b_half, b_slice;
   float* c;
-  int64_t rows;
+  int64_t c_half, rows;
 };
 
-// Other work of a product's time: take() after each row of tiles. This is none.
+// Other work of a product's time: take() does a part, twice a row. This is none.
 struct Nothing {
   void take() {}
 };
 
-template <bool ADD, bool TWO, class Between>
-static Between multiply_tiles(const TileProduct& p, Between between) {
-  tile_load<0>(p.b, 64);
-  tile_load<1>(p.b + kTile, 64);
+alignas(64) static const float kZeros[kSide] = {};
+
+// A new value, not tilezero, which waits for the last product into this tile.
+template <int TILE, bool ADD>
+PYGPT_INLINE void start_sum(const float* c) {
+  ADD ? tile_load<TILE>(c, 64) : tile_load<TILE>(kZeros, 0);
+}
+
+// A row of c to tiles X and Y; of the row before, which is in Y and Z, the tiles are stored meanwhile: stores that wait for
+// their product would fill the window in which the processor looks for other work. Tiles 0 to 3 hold b.
+template <int X, int Y, int Z, bool FIRST, bool ADD, bool TWO, class Work>
+PYGPT_INLINE void multiply_row(const float* a, int64_t a_slice, float* c, int64_t c_half, Work& work) {
+  tile_load_once<4>(a, 64);
+  start_sum<X, ADD>(c);
+  tile_dot_bf16<X, 4, 0>();
+  if constexpr (!FIRST) tile_store<Y>(c - kTile, 64);
+  start_sum<Y, ADD>(c + c_half);
+  tile_dot_bf16<Y, 4, 2>();
+  work.take();
   if constexpr (TWO) {
-    tile_load<2>(p.b + 2 * kTile, 64);
-    tile_load<3>(p.b + 3 * kTile, 64);
+    tile_load_once<4>(a + a_slice, 64);
+    tile_dot_bf16<X, 4, 1>();
+  }
+  if constexpr (!FIRST) tile_store<Z>(c - kTile + c_half, 64);
+  if constexpr (TWO) tile_dot_bf16<Y, 4, 3>();
+  work.take();
+}
+
+template <bool ADD, bool TWO, class Work>
+PYGPT_INLINE void multiply_tiles(const TileProduct& p, Work& work) {
+  tile_load<0>(p.b, 64);
+  tile_load<2>(p.b + p.b_half, 64);
+  if constexpr (TWO) {
+    tile_load<1>(p.b + p.b_slice, 64);
+    tile_load<3>(p.b + p.b_slice + p.b_half, 64);
   }
   const float* a = p.a;
   float* c = p.c;
-  for (int64_t row = 0; row < p.rows; ++row, a += p.a_row, c += 2 * kTile) {
-    tile_load<4>(a, 64);
-    if constexpr (ADD) {
-      tile_load<6>(c, 64);
-      tile_load<7>(c + kTile, 64);
-    } else {
-      tile_zero<6>();
-      tile_zero<7>();
-    }
-    tile_dot_bf16<6, 4, 0>();
-    tile_dot_bf16<7, 4, 1>();
-    if constexpr (TWO) {
-      tile_load<5>(a + p.a_slice, 64);
-      tile_dot_bf16<6, 5, 2>();
-      tile_dot_bf16<7, 5, 3>();
-    }
-    tile_store<6>(c, 64);
-    tile_store<7>(c + kTile, 64);
-    between.take();
+  int64_t left = p.rows;
+  for (; left >= 4; left -= 4, a += 4 * p.a_row, c += 4 * kTile) {
+    multiply_row<5, 6, 7, true, ADD, TWO>(a, p.a_slice, c, p.c_half, work);
+    multiply_row<7, 5, 6, false, ADD, TWO>(a + p.a_row, p.a_slice, c + kTile, p.c_half, work);
+    multiply_row<6, 7, 5, false, ADD, TWO>(a + 2 * p.a_row, p.a_slice, c + 2 * kTile, p.c_half, work);
+    multiply_row<5, 6, 7, false, ADD, TWO>(a + 3 * p.a_row, p.a_slice, c + 3 * kTile, p.c_half, work);
+    tile_store<5>(c + 3 * kTile, 64);
+    tile_store<6>(c + 3 * kTile + p.c_half, 64);
   }
-  return between;
+  for (; left > 0; --left, a += p.a_row, c += kTile) {
+    multiply_row<5, 6, 7, true, ADD, TWO>(a, p.a_slice, c, p.c_half, work);
+    tile_store<5>(c, 64);
+    tile_store<6>(c + p.c_half, 64);
+  }
 }
 
-template <class Between = Nothing>
-static Between multiply_tiles(const TileProduct& p, bool add, bool two, const Between& between = {}) {
-  if (add) return two ? multiply_tiles<true, true>(p, between) : multiply_tiles<true, false>(p, between);
-  return two ? multiply_tiles<false, true>(p, between) : multiply_tiles<false, false>(p, between);
+template <class Work>
+PYGPT_INLINE void multiply_tiles(const TileProduct& p, bool add, bool two, Work& work) {
+  if (add)
+    two ? multiply_tiles<true, true>(p, work) : multiply_tiles<true, false>(p, work);
+  else
+    two ? multiply_tiles<false, true>(p, work) : multiply_tiles<false, false>(p, work);
 }
 
 // --- softmax -------------------------------------------------------------------------------------------------------
@@ -95,39 +120,120 @@ PYGPT_INLINE vf vlog2(vf x) {
   return (((((splat(1.0f / 9) * u + 1.0f / 7) * u + 1.0f / 5) * u + 1.0f / 3) * u + 1.0f) * t) * (2 * kLog2E) + whole;
 }
 
+// 2^x of fixed-point numbers x in 16 bits, 11 of them fraction, from 2^-31 on, which stands for nothing. Read as one number, a
+// float's exponent and mantissa are x to within the 9% by which 1 + f exceeds 2^f for fractions f: the table holds the mean of
+// that for each 64th, in units of 2^-11. x is half a last place of bfloat16 too large, so that dropping bits rounds.
+constexpr float kFixedHalf = 8.0f / 2048;
+constexpr float kFixedLeast = 4096 + kFixedHalf, kFixedOne = kFixedLeast + 31;  // whose last place is 2^-11
+
+constexpr double power_of_two(double x) {
+  double sum = 1, term = 1;
+  for (int i = 1; i < 30; ++i) sum += term *= x * 0.693147180559945309417 / i;
+  return sum;
+}
+
+struct Corrections {
+  uint8_t of[64];
+  constexpr Corrections() : of() {
+    for (int i = 0; i < 64; ++i) {
+      double sum = 0;
+      for (int j = 0; j < 32; ++j) {
+        const double x = (32 * i + j) / 2048.0 - kFixedHalf, f = x < 0 ? x + 1 : x;
+        sum += (1 + f - power_of_two(f)) * 2048;
+      }
+      of[i] = static_cast<uint8_t>(sum / 32 + 0.5 + 0.5);  // to nearest; and truncation is half a unit more than rounding
+    }
+  }
+};
+static constexpr Corrections kCorrections;
+
 // 32 queries of a block, a group, against tiles from .. to of a block of keys.
 struct TileStep {
   int64_t group, block, from, to;
   bool first;      // that its queries see
-  float scale[2];  // by what to multiply the scores of each half of the queries
+  bool masked[2];  // of each half of the queries: some do not see some of the keys
+  float scale[2];  // by what to multiply the scores
+  bool raised[2];  // their reference has risen, and what was summed before is to be multiplied by
+  vf factor[2];
+  float *scores, *probabilities;  // of each half of the queries kKeyTiles and kKeySlices tiles
 };
 
-// The largest scores of a step's queries, of no scores at first.
-struct Largest {
+// Probabilities from scores of half of a step's queries, eight keys at a time, by the table.
+template <bool DROPOUT>
+struct Exponentials {
   const float* scores;
-  int64_t tiles;  // pairs of tiles still to be taken, one pair at a time
-  vf top[8];      // four for each half of the queries, that do not wait for each other
+  float* probabilities;
+  int64_t left;  // eights of keys
+  const __mmask16* keep;
+  vf scale, offset, sum[2];  // of what multiplies V, as rounded; but before dropout
 
-  Largest(const float* of, int64_t count) : scores(of), tiles(count) {
+  Exponentials(const float* from, float* to, int64_t count, const __mmask16* keep, float scale_by, vf reference)
+      : scores(from), probabilities(to), left(count), keep(keep), scale(splat(scale_by)),
+        offset(kFixedOne - reference), sum{} {}
+  __attribute__((always_inline)) void take() {
+    if (left == 0) return;
+    const __m512i least = _mm512_castps_si512(_mm512_set1_ps(kFixedLeast)), ones = _mm512_set1_epi16(0x3f80);
+    const __m512i lower = _mm512_set4_epi32(0x0d0c0d0c, 0x09080908, 0x05040504, 0x01000100);
+    const __m512i fraction = _mm512_set1_epi64(0x0035002500150005);
+    const __m512i table = _mm512_loadu_si512(kCorrections.of);
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+      vf even = load(scores + i * kSide), odd = load(scores + (i + 1) * kSide);
+      asm("" : "+v"(even), "+v"(odd));  // or the compiler copies `scale` instead, by an instruction more
+      const __m512i x = _mm512_max_epi32((__m512i)(even * scale + offset), least);
+      const __m512i y = _mm512_max_epi32((__m512i)(odd * scale + offset), least);
+      const __m512i both = _mm512_mask_shuffle_epi8(x, 0xcccccccccccccccc, y, lower);
+      const __m512i at = _mm512_multishift_epi64_epi8(fraction, both);
+      const __m512i less = _mm512_maskz_permutexvar_epi8(0x5555555555555555, at, table);
+      __m512i p = _mm512_or_si512(_mm512_srli_epi16(_mm512_sub_epi16(both, less), 4), _mm512_set1_epi16(0x3000));
+      sum[i / 2 % 2] = (vf)_mm512_dpbf16_ps((__m512)sum[i / 2 % 2], (__m512bh)p, (__m512bh)ones);
+      if constexpr (DROPOUT)
+        p = _mm512_maskz_mov_epi16(_pdep_u32(keep[i], 0x55555555) | _pdep_u32(keep[i + 1], 0xaaaaaaaa), p);
+      store(probabilities + i / 2 * kSide, (vf)p);
+    }
+    scores += 8 * kSide, probabilities += 4 * kSide, keep += 8, --left;
+  }
+  __attribute__((always_inline)) void take_rest() {
+    while (left > 0) take();
+  }
+};
+
+// The largest scores of half of a step's queries, of no scores at first: sixteen keys at a time.
+struct Largest {
+  vf top[4];  // that do not wait for each other
+
+  Largest() : top{} {
     for (vf& x : top) x = splat(-std::numeric_limits<float>::infinity());
   }
+  __attribute__((always_inline)) void take(const float* scores) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kSide; ++i) top[i % 4] = vmax(load(scores + i * kSide), top[i % 4]);
+  }
+  __attribute__((always_inline)) vf all() const { return vmax(vmax(top[0], top[1]), vmax(top[2], top[3])); }
+};
+
+// The same of both halves, of all tiles of a block of keys.
+struct LargestOfBlock {
+  const float* scores;
+  int64_t left;  // tiles
+  Largest half[2];
+
+  LargestOfBlock(const float* of, bool whole) : scores(of), left(whole ? 2 * kKeyTiles : 0) {}
   __attribute__((always_inline)) void take() {
-    if (tiles == 0) return;
-#pragma GCC unroll 32
-    for (int i = 0; i < 2 * kSide; ++i) {
-      vf& x = top[i / kSide * 4 + i % 4];
-      x = vmax(load(scores + i * kSide), x);
-    }
-    scores += 2 * kTile, --tiles;
+    if (left == 0) return;
+    half[left <= kKeyTiles].take(scores);
+    scores += kTile, --left;
   }
-  Largest& take_rest() {
-    while (tiles > 0) take();
-    return *this;
+  __attribute__((always_inline)) void take_rest() {
+    while (left > 0) take();
   }
-  __attribute__((always_inline)) vf of_half(int half) const {
-    const vf* x = top + half * 4;
-    return vmax(vmax(x[0], x[1]), vmax(x[2], x[3]));
-  }
+};
+
+template <class A, class B>
+struct Both {
+  A& a;
+  B& b;
+  __attribute__((always_inline)) void take() { a.take(), b.take(); }
 };
 
 // The state of one thread: a head's keys and values, a block of queries, and the step under way.
@@ -137,9 +243,11 @@ struct TiledForward {
   const HeadView<bf16> out;
   const int64_t depth, tiles;                // slices of a sum over D; rows of tiles of O^T
   float *keys, *values;                      // per block of keys (kKeyTiles x depth) tiles, (tiles x kKeySlices) tiles
-  float *queries, *output;                   // per group (depth x 2) tiles, (tiles x 2) tiles
-  float *scores, *probabilities;             // of a step: (kKeyTiles x 2) tiles, (kKeySlices x 2) tiles
+  float *queries, *output;                   // per group (2 x depth) tiles, (2 x tiles) tiles
+  float *scores[2], *probabilities[2];       // of two steps: (2 x kKeyTiles) tiles, (2 x kKeySlices) tiles
   float *largest, *sums;                     // of the softmax, per query: (kBlock)
+  float* magnitudes;                         // per block of keys the largest element
+  float query_magnitude = 0;
   int64_t head = -1, query, packed_end = 0;  // the block's first query; the blocks of keys packed so far
 
   TiledForward(const AttentionShape& of, HeadView<const bf16> q, HeadView<const bf16> k, HeadView<const bf16> v,
@@ -150,22 +258,35 @@ struct TiledForward {
     values = space, space += shape.key_blocks() * kKeySlices * tiles * kTile;
     queries = space, space += kGroups * depth * 2 * kTile;
     output = space, space += kGroups * tiles * 2 * kTile;
-    scores = space, space += kKeyTiles * 2 * kTile;
-    probabilities = space, space += kKeySlices * 2 * kTile;
+    for (int i = 0; i < 2; ++i) {
+      scores[i] = space, space += kKeyTiles * 2 * kTile;
+      probabilities[i] = space, space += kKeySlices * 2 * kTile;
+    }
     largest = space, space += kBlock;
-    sums = space;
+    sums = space, space += kBlock;
+    magnitudes = space;
   }
 
   void pack_keys_and_values(int64_t of_head, Range blocks);
   void pack_queries(int64_t first);
   bool next_step(TileStep& step, Range blocks) const;
-  void compute_scores(const TileStep& step);
-  Largest mask_scores(TileStep& step) const;
-  Largest add_to_output(const TileStep& step, const Largest& next);
-  bool mask(const TileStep& step, int half, float* s) const;
-  void raise_largest(const TileStep& step, int half, const Largest& top);
+  bool fits_table(Range blocks) const;
+  template <class Work>
+  void compute_scores(const TileStep& step, Work& work);
+  template <class Work>
+  void add_to_output(const TileStep& step, Work& work);
+  void mask_scores(TileStep& step) const;
+  void hide(const TileStep& step, int half) const;
+  void raise_largest(TileStep& step, int half, vf top);
+  void rescale(const TileStep& step);
   template <bool DROPOUT>
-  void exponentials(const TileStep& step, int64_t tile, int half, const __mmask16* keep);
+  void exponentials(const TileStep& step, int half, const __mmask16* keep);
+  template <bool DROPOUT>
+  Exponentials<DROPOUT> exponentials_by_table(const TileStep& step, int half, bool by_table, const __mmask16* keep) const;
+  void add_sums(const TileStep& step, int half, vf sum);
+  void fill_slice(const TileStep& step);
+  void largest_scores(const TileStep& step, vf top[2]) const;
+  template <bool DROPOUT>
   void attend(Range blocks);
   void finish(float* lse) const;
 };
@@ -173,6 +294,16 @@ struct TiledForward {
 // Elements d .. d + 32 of a row, zero beyond D. Absent rows are zero.
 PYGPT_INLINE __m512i load_slice(const bf16* row, int64_t d, int64_t D, bool present) {
   return _mm512_maskz_loadu_epi16(present ? _bzhi_u32(~0u, static_cast<unsigned>(smaller(D - d, 32))) : 0, row + d);
+}
+
+// Elements' magnitudes are in the order of their bits.
+PYGPT_INLINE __m512i larger_magnitudes(__m512i largest, __m512i of) {
+  return _mm512_max_epu16(largest, _mm512_and_si512(of, _mm512_set1_epi16(0x7fff)));
+}
+
+PYGPT_INLINE float largest_of(__m512i magnitudes) {
+  const __m512i upper = _mm512_max_epu16(magnitudes, _mm512_slli_epi32(magnitudes, 16));
+  return reduce_max((vf)drop_lower((vf)upper));
 }
 
 // Units of elements of rows 2i and 2i + 1, i < 16, one row of units per element: half of the elements d .. d + 32, those
@@ -203,9 +334,14 @@ inline void TiledForward::pack_keys_and_values(int64_t of_head, Range blocks) {
     const int64_t first = packed_end * kBlock, count = smaller(kBlock, shape.S - first);
     const bf16* row = k.data + b * k.batch + h * k.head + first * k.time;
     float* to = keys + packed_end * kKeyTiles * depth * kTile;
+    __m512i magnitude = {};
     for (int64_t r = 0; r < kBlock; ++r, row += k.time)
-      for (int64_t i = 0; i < depth; ++i)
-        store(to + (r / kSide * depth + i) * kTile + r % kSide * kSide, (vf)load_slice(row, i * 32, D, r < count));
+      for (int64_t i = 0; i < depth; ++i) {
+        const __m512i slice = load_slice(row, i * 32, D, r < count);
+        magnitude = larger_magnitudes(magnitude, slice);
+        store(to + (r / kSide * depth + i) * kTile + r % kSide * kSide, (vf)slice);
+      }
+    magnitudes[packed_end] = largest_of(magnitude);
     row = v.data + b * v.batch + h * v.head + first * v.time;
     to = values + packed_end * kKeySlices * tiles * kTile;
     for (int64_t r = 0; r < kBlock; r += 32, row += 32 * v.time, to += kTile)
@@ -223,17 +359,29 @@ inline void TiledForward::pack_queries(int64_t first) {
   const int64_t rows = smaller(kBlock, shape.T - query);
   const bf16* row = q.data + head / shape.H * q.batch + head % shape.H * q.head + query * q.time;
   const vu sign = vu{} + (shape.scale < 0 ? 0x80008000u : 0);  // scales the scores by a factor that keeps their order
+  __m512i magnitude = {};
   for (int64_t r = 0; r < round_up(rows, kQueries); r += kSide, row += kSide * q.time)
     for (int64_t i = 0; i < depth; ++i) {
       vf block[kLanes];
 #pragma GCC unroll 16
-      for (int j = 0; j < kLanes; ++j)
-        block[j] = (vf)((vu)load_slice(row + j * q.time, i * 32, shape.D, r + j < rows) ^ sign);
+      for (int j = 0; j < kLanes; ++j) {
+        const __m512i slice = load_slice(row + j * q.time, i * 32, shape.D, r + j < rows);
+        magnitude = larger_magnitudes(magnitude, slice);
+        block[j] = (vf)((vu)slice ^ sign);
+      }
       transpose<kLanes / 2>(block);
-      float* to = queries + ((r / kQueries * depth + i) * 2 + r / kSide % 2) * kTile;
+      float* to = queries + (r / kSide * depth + i) * kTile;
 #pragma GCC unroll 16
       for (int j = 0; j < kLanes; ++j) store(to + j * kSide, block[j]);
     }
+  query_magnitude = largest_of(magnitude);
+}
+
+// Whether all scores, which are no larger than this, times log2(e), have a place in the table's fixed-point numbers.
+inline bool TiledForward::fits_table(Range blocks) const {
+  float key_magnitude = 0;
+  for (int64_t i = blocks.begin; i < blocks.end; ++i) key_magnitude = key_magnitude > magnitudes[i] ? key_magnitude : magnitudes[i];
+  return query_magnitude * key_magnitude * static_cast<float>(shape.D) * std::fabs(shape.scale) * kLog2E < 4000;
 }
 
 // The step after this one, of block -1 before the first: false where there is none. Keys that no query of a group sees
@@ -256,83 +404,121 @@ inline bool TiledForward::next_step(TileStep& step, Range blocks) const {
   }
 }
 
-inline void TiledForward::compute_scores(const TileStep& step) {
+template <class Work>
+__attribute__((always_inline)) inline void TiledForward::compute_scores(const TileStep& step, Work& work) {
   for (int64_t i = 0; i < depth; i += 2)
     multiply_tiles({keys + ((step.block * kKeyTiles + step.from) * depth + i) * kTile, depth * kTile, kTile,
-                    queries + (step.group * depth + i) * 2 * kTile, scores + step.from * 2 * kTile,
-                    step.to - step.from}, i > 0, i + 1 < depth);
+                    queries + (step.group * 2 * depth + i) * kTile, depth * kTile, kTile,
+                    step.scores + step.from * kTile, kKeyTiles * kTile, step.to - step.from},
+                   i > 0, i + 1 < depth, work);
 }
 
-// Meanwhile it takes the largest scores of the next step.
-inline Largest TiledForward::add_to_output(const TileStep& step, const Largest& next) {
+template <class Work>
+__attribute__((always_inline)) inline void TiledForward::add_to_output(const TileStep& step, Work& work) {
   const int64_t slice = step.from / 2;
-  return multiply_tiles({values + (step.block * tiles * kKeySlices + slice) * kTile, kKeySlices * kTile, kTile,
-                         probabilities + slice * 2 * kTile, output + step.group * tiles * 2 * kTile, tiles},
-                        !step.first, step.to - step.from > 2, next).take_rest();
+  multiply_tiles({values + (step.block * tiles * kKeySlices + slice) * kTile, kKeySlices * kTile, kTile,
+                  step.probabilities + slice * kTile, kKeySlices * kTile, kTile,
+                  output + step.group * 2 * tiles * kTile, tiles * kTile, tiles},
+                 !step.first, step.to - step.from > 2, work);
 }
 
-// Where some query does not see some key: scales the scores, hides those that are not seen, and returns true.
-inline bool TiledForward::mask(const TileStep& step, int half, float* s) const {
-  const int64_t first = query + step.group * kQueries + half * kSide, last = smaller(first + kSide, shape.T) - 1;
-  const int64_t from = step.block * kBlock + step.from * kSide, to = step.block * kBlock + step.to * kSide;
-  if (shape.first_key(head, last) <= from && to <= shape.end_key(first)) return false;
+// Scales the scores of half of the queries, and hides those of keys that are not seen.
+inline void TiledForward::hide(const TileStep& step, int half) const {
+  const int64_t first = query + step.group * kQueries + half * kSide, key = step.block * kBlock;
   vi begin, end = lane_numbers() + static_cast<int32_t>(shape.end_key(first));
   for (int i = 0; i < kLanes; ++i) begin[i] = static_cast<int32_t>(shape.first_key(head, first + i));
-  for (int64_t key = from; key < to; key += kSide, s += kTile)
-    for (int i = 0; i < kSide; ++i, s += kSide) {
-      const vi at = vi{} + static_cast<int32_t>(key + i);
-      const vf scaled = load(s) * step.scale[half];
-      store(s, (begin <= at) & (at < end) ? scaled : splat(-std::numeric_limits<float>::infinity()));
-    }
-  return true;
+  float* s = step.scores + half * kKeyTiles * kTile;
+  for (int64_t i = step.from * kSide; i < step.to * kSide; ++i) {
+    const vi at = vi{} + static_cast<int32_t>(key + i);
+    const vf scaled = load(s + i * kSide) * step.scale[half];
+    store(s + i * kSide, (begin <= at) & (at < end) ? scaled : splat(-std::numeric_limits<float>::infinity()));
+  }
 }
 
-// Hides what queries do not see. Returns the search for the largest scores, to begin.
-inline Largest TiledForward::mask_scores(TileStep& step) const {
-  float* s = scores + step.from * 2 * kTile;
-  for (int half = 0; half < 2; ++half)
-    if (mask(step, half, s + half * kTile)) step.scale[half] = 1;
-  return {s, step.to - step.from};
+inline void TiledForward::mask_scores(TileStep& step) const {
+  const int64_t from = step.block * kBlock + step.from * kSide, to = step.block * kBlock + step.to * kSide;
+  for (int half = 0; half < 2; ++half) {
+    const int64_t first = query + step.group * kQueries + half * kSide, last = smaller(first + kSide, shape.T) - 1;
+    step.masked[half] = shape.first_key(head, last) > from || to > shape.end_key(first);
+    if (!step.masked[half]) continue;
+    hide(step, half);
+    step.scale[half] = 1;
+  }
 }
 
-// Largest scores and sums of half of the queries rise to this step's reference; what was summed so far is rescaled.
-inline void TiledForward::raise_largest(const TileStep& step, int half, const Largest& top) {
+// Largest scores and sums of half of the queries rise to this step's reference, a fixed-point number.
+inline void TiledForward::raise_largest(TileStep& step, int half, vf top) {
   const int64_t at = step.group * kQueries + half * kSide;
-  const vf before = load(largest + at), after = vmax(top.of_half(half) * step.scale[half], before);
-  if (_mm512_cmp_ps_mask((__m512)after, (__m512)before, _CMP_NEQ_UQ) == 0) return;
-  const vf factor = vexp2(before - after);
+  const vf before = load(largest + at), after = vmax(kFixedOne - (kFixedOne - top * step.scale[half]), before);
+  step.raised[half] = _mm512_cmp_ps_mask((__m512)after, (__m512)before, _CMP_NEQ_UQ) != 0;
+  if (!step.raised[half]) return;
+  step.factor[half] = vexp2(before - after);
   store(largest + at, after);
-  store(sums + at, load(sums + at) * factor);
-  if (step.first) return;
-  float* o = output + (step.group * tiles * 2 + half) * kTile;
-  for (int64_t d = 0; d < shape.D; d += kSide, o += 2 * kTile)
-#pragma GCC unroll 16
-    for (int i = 0; i < kSide; ++i) store(o + i * kSide, load(o + i * kSide) * factor);
+  store(sums + at, load(sums + at) * step.factor[half]);
 }
 
-// Scores of a tile of keys and half of the queries -> probabilities, unnormalised.
-template <bool DROPOUT>
-void TiledForward::exponentials(const TileStep& step, int64_t tile, int half, const __mmask16* keep) {
-  const float* s = scores + (tile * 2 + half) * kTile;
-  float* p = probabilities + (tile / 2 * 2 + half) * kTile + tile % 2 * (kTile / 2);
-  const vf scale = splat(step.scale[half]), top = load(largest + step.group * kQueries + half * kSide);
-  vf sum_even = {}, sum_odd = {};  // of what multiplies V, as rounded; but before dropout
+inline void TiledForward::rescale(const TileStep& step) {
+  for (int half = 0; half < 2; ++half) {
+    if (step.first || !step.raised[half]) continue;
+    float* o = output + (step.group * 2 + half) * tiles * kTile;
+    for (int64_t i = 0; i < tiles * kSide; i += 8)
 #pragma GCC unroll 8
-  for (int i = 0; i < kSide; i += 2) {
+      for (int j = 0; j < 8; ++j) store(o + (i + j) * kSide, load(o + (i + j) * kSide) * step.factor[half]);
+  }
+}
+
+// Scores of half of the queries -> probabilities, unnormalised: of any scores.
+template <bool DROPOUT>
+void TiledForward::exponentials(const TileStep& step, int half, const __mmask16* keep) {
+  const float* s = step.scores + half * kKeyTiles * kTile;
+  float* p = step.probabilities + half * kKeySlices * kTile;
+  const int64_t at = step.group * kQueries + half * kSide;
+  const vf scale = splat(step.scale[half]), top = load(largest + at);
+  vf sum_even = {}, sum_odd = {};  // of what multiplies V, as rounded; but before dropout
+#pragma GCC unroll 4
+  for (int64_t i = step.from * kSide; i < step.to * kSide; i += 2) {
     vf even = drop_lower(exp2_to_drop(load(s + i * kSide) * scale - top));
     vf odd = drop_lower(exp2_to_drop(load(s + (i + 1) * kSide) * scale - top));
     sum_even += even;
     sum_odd += odd;
     if constexpr (DROPOUT) {
-      even = (vf)_mm512_maskz_mov_ps(keep[tile * kSide + i], (__m512)even);
-      odd = (vf)_mm512_maskz_mov_ps(keep[tile * kSide + i + 1], (__m512)odd);
+      even = (vf)_mm512_maskz_mov_ps(keep[i], (__m512)even);
+      odd = (vf)_mm512_maskz_mov_ps(keep[i + 1], (__m512)odd);
     }
     store(p + i / 2 * kSide, pair_upper(even, odd));
   }
-  float* sum = sums + step.group * kQueries + half * kSide;
-  store(sum, load(sum) + (sum_even + sum_odd));
-  if (tile % 2 == 0 && tile + 1 == step.to)  // the sum over keys goes in whole slices
-    for (int i = 0; i < kSide / 2; ++i) store(p + kTile / 2 + i * kSide, vf{});
+  store(sums + at, load(sums + at) + (sum_even + sum_odd));
+}
+
+// The table's part of them: none where exponentials() does it.
+template <bool DROPOUT>
+Exponentials<DROPOUT> TiledForward::exponentials_by_table(const TileStep& step, int half, bool by_table,
+                                                          const __mmask16* keep) const {
+  return {step.scores + (half * kKeyTiles + step.from) * kTile,
+          step.probabilities + half * kKeySlices * kTile + step.from * (kTile / 2),
+          by_table && !step.masked[half] ? 2 * (step.to - step.from) : 0, keep + step.from * kSide, step.scale[half],
+          load(largest + step.group * kQueries + half * kSide)};
+}
+
+inline void TiledForward::add_sums(const TileStep& step, int half, vf sum) {
+  float* to = sums + step.group * kQueries + half * kSide;
+  store(to, load(to) + sum);
+}
+
+// The sum over keys goes in whole slices: the probabilities of keys that are missing are 0.
+inline void TiledForward::fill_slice(const TileStep& step) {
+  if (step.to % 2 == 0) return;
+  for (int half = 0; half < 2; ++half)
+    for (int i = 0; i < kSide / 2; ++i)
+      store(step.probabilities + half * kKeySlices * kTile + step.to * (kTile / 2) + i * kSide, vf{});
+}
+
+inline void TiledForward::largest_scores(const TileStep& step, vf top[2]) const {
+  for (int half = 0; half < 2; ++half) {
+    Largest largest;
+    for (int64_t tile = step.from; tile < step.to; ++tile) largest.take(step.scores + (half * kKeyTiles + tile) * kTile);
+    top[half] = largest.all();
+  }
 }
 
 // dropout_keep for 16 queries: of each of the 64 keys of a block, which queries keep it.
@@ -349,30 +535,57 @@ static void dropout_keep_by_key(const Dropout& dropout, int64_t head, int64_t qu
   }
 }
 
-// The block of queries against blocks of keys. Between a product and what reads its result stands other work, so that
-// nothing waits: the scores of the next step are computed before the output of this one.
-inline void TiledForward::attend(Range blocks) {
+// The block of queries against blocks of keys.
+template <bool DROPOUT>
+void TiledForward::attend(Range blocks) {
   for (int64_t i = 0; i < kBlock; ++i) largest[i] = std::numeric_limits<float>::lowest(), sums[i] = 0;
-  TileStep step = {};
-  step.block = -1;
-  next_step(step, blocks);
-  compute_scores(step);
-  Largest top = mask_scores(step).take_rest();
-  for (bool more = true; more;) {
-    for (int half = 0; half < 2; ++half) raise_largest(step, half, top);
-    const TileStep now = step;
-    more = next_step(step, blocks);
+  const bool by_table = fits_table(blocks);
+  Nothing nothing;
+  TileStep before, now, next = {};
+  next.block = -1, next.scores = scores[0], next.probabilities = probabilities[0];
+  bool more = next_step(next, blocks), begun = false;
+  compute_scores(next, nothing);
+  mask_scores(next);
+  vf top[2];
+  largest_scores(next, top);
+  while (more) {
+    now = next;
+    more = next_step(next, blocks);
+    next.scores = scores[now.scores == scores[0]], next.probabilities = probabilities[now.scores == scores[0]];
+    __mmask16 keep[2][kBlock];
     for (int half = 0; half < 2; ++half) {
-      __mmask16 keep[kBlock];
-      const int64_t first = query + now.group * kQueries + half * kSide;
-      if (shape.dropout.on) dropout_keep_by_key(shape.dropout, head, first, now.block, keep);
-      for (int64_t tile = now.from; tile < now.to; ++tile) {
-        shape.dropout.on ? exponentials<true>(now, tile, half, keep) : exponentials<false>(now, tile, half, keep);
-      }
+      raise_largest(now, half, top[half]);
+      if constexpr (DROPOUT)
+        dropout_keep_by_key(shape.dropout, head, query + now.group * kQueries + half * kSide, now.block, keep[half]);
+      if (!by_table || now.masked[half]) exponentials<DROPOUT>(now, half, keep[half]);
     }
-    if (more) compute_scores(step);
-    top = add_to_output(now, more ? mask_scores(step) : Largest(nullptr, 0));
+    Exponentials<DROPOUT> first = exponentials_by_table<DROPOUT>(now, 0, by_table, keep[0]);
+    if (more) {
+      compute_scores(next, first);
+      mask_scores(next);
+    }
+    first.take_rest();
+    if (by_table && !now.masked[0]) add_sums(now, 0, first.sum[0] + first.sum[1]);
+    Exponentials<DROPOUT> second = exponentials_by_table<DROPOUT>(now, 1, by_table, keep[1]);
+    LargestOfBlock largest_of_next(next.scores, more && next.to - next.from == kKeyTiles);
+    if (begun) {
+      Both<Exponentials<DROPOUT>, LargestOfBlock> both{second, largest_of_next};
+      rescale(before);
+      add_to_output(before, both);
+    }
+    second.take_rest();
+    if (by_table && !now.masked[1]) add_sums(now, 1, second.sum[0] + second.sum[1]);
+    fill_slice(now);
+    if (more && next.to - next.from == kKeyTiles) {
+      largest_of_next.take_rest();
+      top[0] = largest_of_next.half[0].all(), top[1] = largest_of_next.half[1].all();
+    } else if (more) {
+      largest_scores(next, top);
+    }
+    before = now, begun = true;
   }
+  rescale(before);
+  add_to_output(before, nothing);
 }
 
 // Divides by the sums and writes out (B, T, H, D) and lse (B, H, T).
@@ -382,9 +595,9 @@ inline void TiledForward::finish(float* lse) const {
   lse += head * shape.T + query;
   const float kept = shape.dropout.on ? shape.dropout.inverse_keep : 1.0f;
   for (int64_t r = 0; r < rows; r += kSide, to += kSide * out.time) {
-    const float* o = output + (r / kQueries * tiles * 2 + r / kSide % 2) * kTile;
+    const float* o = output + r / kSide * tiles * kTile;
     const vf sum = load(sums + r), factor = kept / sum;
-    for (int64_t d = 0; d < D; d += kSide, o += 2 * kTile) {
+    for (int64_t d = 0; d < D; d += kSide, o += kTile) {
       vf block[kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) block[i] = load(o + i * kSide) * factor;
@@ -416,7 +629,7 @@ inline void attention_forward_tiles(const AttentionShape& shape, HeadView<const 
     const Range blocks = {shape.first_key_block(head, block), shape.end_key_block(block)};
     forward.pack_keys_and_values(head, blocks);
     forward.pack_queries(block * kBlock);
-    forward.attend(blocks);
+    shape.dropout.on ? forward.attend<true>(blocks) : forward.attend<false>(blocks);
     forward.finish(lse);
   }
 }

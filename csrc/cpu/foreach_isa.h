@@ -57,8 +57,13 @@
 #include PYGPT_KERNELS
 #undef PYGPT_ISA
 #undef PYGPT_LANES
+#undef PYGPT_AVX512_BF16
+#pragma GCC pop_options
 #if defined(PYGPT_AMX_LEVEL) && defined(PYGPT_KERNELS_FOR_AMX)  // defined by a file whose kernels have variants for it
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,popcnt,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi,prefer-vector-width=512")
 #define PYGPT_ISA amx
+#define PYGPT_AVX512_BF16 1
 #define PYGPT_LANES 16
 #define PYGPT_AMX 1
 #include "cpu/simd.h"
@@ -66,9 +71,9 @@
 #undef PYGPT_ISA
 #undef PYGPT_LANES
 #undef PYGPT_AMX
-#endif
 #undef PYGPT_AVX512_BF16
 #pragma GCC pop_options
+#endif
 
 #endif  // PYGPT_X86_LEVELS
 
