@@ -133,9 +133,9 @@ static vf sums_of_products(const bf16* a, int64_t a_stride, const bf16* b, int64
 PYGPT_INLINE void add_steps(const float* a, int64_t a_step, const float* b, int64_t b_step, int64_t steps) {
   for (; steps > 0; --steps, a += a_step, b += b_step) {
     tile_load<0>(a, 64);
-    tile_load<2>(b, 64);
+    tile_load_once<2>(b, 64);
     tile_dot_bf16<4, 0, 2>();
-    tile_load<3>(b + kTile, 64);
+    tile_load_once<3>(b + kTile, 64);
     tile_dot_bf16<5, 0, 3>();
     tile_load<1>(a + kTile, 64);
     tile_dot_bf16<6, 1, 2>();
@@ -156,11 +156,11 @@ PYGPT_INLINE void store_result(float* c) {
 template <bool FIRST, bool LAST>
 PYGPT_INLINE void product_step(const float* a, const float* b, float* c) {
   tile_load<0>(a, 64);
-  tile_load<2>(b, 64);
+  tile_load_once<2>(b, 64);
   if constexpr (FIRST) tile_load<4>(c, 64);
   tile_dot_bf16<4, 0, 2>();
   if constexpr (LAST) tile_store<4>(c, 64);
-  tile_load<3>(b + kTile, 64);
+  tile_load_once<3>(b + kTile, 64);
   if constexpr (FIRST) tile_load<5>(c + kTile, 64);
   tile_dot_bf16<5, 0, 3>();
   if constexpr (LAST) tile_store<5>(c + kTile, 64);
