@@ -151,8 +151,8 @@ static constexpr Corrections kCorrections;
 struct TileStep {
   int64_t group, block, from, to;
   bool first;      // that its queries see
-  bool masked[2];  // of each half of the queries: some do not see some of the keys
-  float scale[2];  // by what to multiply the scores
+  float scale[2];  // of each half of the queries: by what to multiply the scores
+  bool by_table[2];  // their exponentials
   bool raised[2];  // their reference has risen, and what was summed before is to be multiplied by
   vf factor[2];
   float *scores, *probabilities;  // of each half of the queries kKeyTiles and kKeySlices tiles
@@ -248,6 +248,7 @@ struct TiledForward {
   float *largest, *sums;                     // of the softmax, per query: (kBlock)
   float* magnitudes;                         // per block of keys the largest element
   float query_magnitude = 0;
+  bool by_table = false;  // the exponentials of the block of queries, where all see all keys of a step
   int64_t head = -1, query, packed_end = 0;  // the block's first query; the blocks of keys packed so far
 
   TiledForward(const AttentionShape& of, HeadView<const bf16> q, HeadView<const bf16> k, HeadView<const bf16> v,
@@ -282,8 +283,9 @@ struct TiledForward {
   template <bool DROPOUT>
   void exponentials(const TileStep& step, int half, const __mmask16* keep);
   template <bool DROPOUT>
-  Exponentials<DROPOUT> exponentials_by_table(const TileStep& step, int half, bool by_table, const __mmask16* keep) const;
-  void add_sums(const TileStep& step, int half, vf sum);
+  Exponentials<DROPOUT> exponentials_by_table(const TileStep& step, int half, const __mmask16* keep) const;
+  template <bool DROPOUT>
+  void finish_exponentials(const TileStep& step, int half, Exponentials<DROPOUT>& exponentials);
   void fill_slice(const TileStep& step);
   void largest_scores(const TileStep& step, vf top[2]) const;
   template <bool DROPOUT>
@@ -439,8 +441,9 @@ inline void TiledForward::mask_scores(TileStep& step) const {
   const int64_t from = step.block * kBlock + step.from * kSide, to = step.block * kBlock + step.to * kSide;
   for (int half = 0; half < 2; ++half) {
     const int64_t first = query + step.group * kQueries + half * kSide, last = smaller(first + kSide, shape.T) - 1;
-    step.masked[half] = shape.first_key(head, last) > from || to > shape.end_key(first);
-    if (!step.masked[half]) continue;
+    const bool masked = shape.first_key(head, last) > from || to > shape.end_key(first);
+    step.by_table[half] = by_table && !masked;
+    if (!masked) continue;
     hide(step, half);
     step.scale[half] = 1;
   }
@@ -492,17 +495,19 @@ void TiledForward::exponentials(const TileStep& step, int half, const __mmask16*
 
 // The table's part of them: none where exponentials() does it.
 template <bool DROPOUT>
-Exponentials<DROPOUT> TiledForward::exponentials_by_table(const TileStep& step, int half, bool by_table,
-                                                          const __mmask16* keep) const {
+Exponentials<DROPOUT> TiledForward::exponentials_by_table(const TileStep& step, int half, const __mmask16* keep) const {
   return {step.scores + (half * kKeyTiles + step.from) * kTile,
           step.probabilities + half * kKeySlices * kTile + step.from * (kTile / 2),
-          by_table && !step.masked[half] ? 2 * (step.to - step.from) : 0, keep + step.from * kSide, step.scale[half],
+          step.by_table[half] ? 2 * (step.to - step.from) : 0, keep + step.from * kSide, step.scale[half],
           load(largest + step.group * kQueries + half * kSide)};
 }
 
-inline void TiledForward::add_sums(const TileStep& step, int half, vf sum) {
+template <bool DROPOUT>
+void TiledForward::finish_exponentials(const TileStep& step, int half, Exponentials<DROPOUT>& exponentials) {
+  exponentials.take_rest();
+  if (!step.by_table[half]) return;
   float* to = sums + step.group * kQueries + half * kSide;
-  store(to, load(to) + sum);
+  store(to, load(to) + (exponentials.sum[0] + exponentials.sum[1]));
 }
 
 // The sum over keys goes in whole slices: the probabilities of keys that are missing are 0.
@@ -539,49 +544,51 @@ static void dropout_keep_by_key(const Dropout& dropout, int64_t head, int64_t qu
 template <bool DROPOUT>
 void TiledForward::attend(Range blocks) {
   for (int64_t i = 0; i < kBlock; ++i) largest[i] = std::numeric_limits<float>::lowest(), sums[i] = 0;
-  const bool by_table = fits_table(blocks);
+  by_table = fits_table(blocks);
   Nothing nothing;
   TileStep before, now, next = {};
-  next.block = -1, next.scores = scores[0], next.probabilities = probabilities[0];
-  bool more = next_step(next, blocks), begun = false;
+  next.block = -1;
+  bool begun = false, more = next_step(next, blocks);
+  next.scores = scores[0], next.probabilities = probabilities[0];
   compute_scores(next, nothing);
   mask_scores(next);
   vf top[2];
   largest_scores(next, top);
   while (more) {
     now = next;
-    more = next_step(next, blocks);
-    next.scores = scores[now.scores == scores[0]], next.probabilities = probabilities[now.scores == scores[0]];
     __mmask16 keep[2][kBlock];
     for (int half = 0; half < 2; ++half) {
       raise_largest(now, half, top[half]);
       if constexpr (DROPOUT)
         dropout_keep_by_key(shape.dropout, head, query + now.group * kQueries + half * kSide, now.block, keep[half]);
-      if (!by_table || now.masked[half]) exponentials<DROPOUT>(now, half, keep[half]);
+      if (!now.by_table[half]) exponentials<DROPOUT>(now, half, keep[half]);
     }
-    Exponentials<DROPOUT> first = exponentials_by_table<DROPOUT>(now, 0, by_table, keep[0]);
+    more = next_step(next, blocks);
+    const int other = now.scores == scores[0];
+    next.scores = scores[other], next.probabilities = probabilities[other];
+
+    Exponentials<DROPOUT> first = exponentials_by_table<DROPOUT>(now, 0, keep[0]);
     if (more) {
       compute_scores(next, first);
       mask_scores(next);
     }
-    first.take_rest();
-    if (by_table && !now.masked[0]) add_sums(now, 0, first.sum[0] + first.sum[1]);
-    Exponentials<DROPOUT> second = exponentials_by_table<DROPOUT>(now, 1, by_table, keep[1]);
-    LargestOfBlock largest_of_next(next.scores, more && next.to - next.from == kKeyTiles);
+    finish_exponentials(now, 0, first);
+
+    Exponentials<DROPOUT> second = exponentials_by_table<DROPOUT>(now, 1, keep[1]);
+    const bool whole = more && next.to - next.from == kKeyTiles;
+    LargestOfBlock of_next(next.scores, whole);
     if (begun) {
-      Both<Exponentials<DROPOUT>, LargestOfBlock> both{second, largest_of_next};
+      Both<Exponentials<DROPOUT>, LargestOfBlock> both{second, of_next};
       rescale(before);
       add_to_output(before, both);
     }
-    second.take_rest();
-    if (by_table && !now.masked[1]) add_sums(now, 1, second.sum[0] + second.sum[1]);
+    finish_exponentials(now, 1, second);
+    of_next.take_rest();
     fill_slice(now);
-    if (more && next.to - next.from == kKeyTiles) {
-      largest_of_next.take_rest();
-      top[0] = largest_of_next.half[0].all(), top[1] = largest_of_next.half[1].all();
-    } else if (more) {
+    if (whole)
+      for (int half = 0; half < 2; ++half) top[half] = of_next.half[half].all();
+    else if (more)
       largest_scores(next, top);
-    }
     before = now, begun = true;
   }
   rescale(before);
