@@ -154,7 +154,11 @@ def run(level, case, dtype=torch.bfloat16):
     B, T, S, H, D, documents, dropout_p = CASES[case]
     q, k, v = (leaf(B, n, H, D, dtype=dtype, seed=i) for i, n in enumerate((T, S, S)))
     if case.endswith("scores"):
-        factor = {"growing": torch.linspace(0, 8, S), "falling": torch.linspace(8, 0, S), "faraway": torch.full((S,), 60)}
+        factor = {
+            "growing": torch.linspace(0, 8, S),
+            "falling": torch.linspace(8, 0, S),
+            "faraway": torch.full((S,), 60),
+        }
         factor = factor[case.split()[0]].to(dtype)
         k = (k * factor[:, None, None]).detach().requires_grad_()
     starts = document_starts(documents, T) if documents else None
