@@ -3,6 +3,7 @@
 #include "cpu/philox.h"
 #include "cpu/attention_tile.h"
 #ifdef PYGPT_AMX
+#include "cpu/attention_amx_tile.h"
 #include "cpu/attention_amx_forward.h"
 #include "cpu/attention_amx_backward.h"
 #else
