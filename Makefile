@@ -71,7 +71,7 @@ bench: $(VENV)/.bench           ## every op, and GPT-2 124M, against their peers
 # PIP_NO_INDEX=1 PIP_FIND_LINKS=<folder>. Tests that fail or hang do not keep the bench from running; the exit status tells.
 gpu: $(VENV)/.gpu               ## on a machine with an NVIDIA GPU: GPU tests, then every op and GPT-2 124M against their peers
 	$(BIN)/pygpt info
-	timeout 100 $(BIN)/python -m pytest tests/test_gpu.py tests/test_cuda_ptx.py tests/test_cuda_hopper.py; tested=$$?; \
+	timeout 100 $(BIN)/python -m pytest -n 6 -k gpu tests/test_gpu.py tests/test_cuda_ptx.py tests/test_cuda_hopper.py; tested=$$?; \
 	  timeout 60 $(BIN)/python -m pytest -n 8 tests/test_triton.py tests/test_triton_adamw.py || tested=$$?; \
 	  $(BIN)/python bench/gpu.py && exit $$tested
 

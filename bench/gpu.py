@@ -134,8 +134,8 @@ class Bench:
     def measure(self, who: str, make: Callable[[], Call], unit: str, work: float, memory: bool) -> dict[str, float]:
         # Around backward too: its operators are chosen when it runs.
         backend = who.removeprefix("pygpt ").split(",")[0] if who.startswith("pygpt ") else None
-        # Attention for compute capability 9.0 runs on request only, until it has measured faster.
-        os.environ["PYGPT_CUDA_HOPPER"] = str(int(who.endswith(", Hopper")))
+        # On compute capability 9.0 attention has kernels of its own, unless they are not wanted.
+        os.environ["PYGPT_CUDA_HOPPER"] = str(int(not who.endswith(", portable")))
         with pygpt.use_backend(backend):
             call = make()
             seconds = self.time(call)
@@ -251,7 +251,7 @@ def attention(bench: Bench) -> None:
             q, k, v = (x.detach().requires_grad_() for x in packed.unbind(2))
             runs = {f"pygpt {name}": (lambda: ops.causal_attention(q, k, v)) for name in ours()}
             if bench.device.type == "cuda" and torch.cuda.get_device_capability()[0] == 9 and "cuda" in ours():
-                runs["pygpt cuda, Hopper"] = runs["pygpt cuda"]
+                runs["pygpt cuda, portable"] = runs["pygpt cuda"]
             for name, peer in attention_peers(T, bench.device).items():
                 runs[name] = lambda peer=peer: peer(q, k, v)
             for name, run in runs.items():

@@ -2,7 +2,7 @@
 
 FlashAttention-2's (Dao, 2023): a program owns a block of queries and walks over the key blocks that it may see, with a
 running maximum and sum; blocks above the diagonal are skipped and only those on it are masked. Long rows start first, so
-that short ones fill the tail; heads go in sections whose keys and values fit the second-level cache. With few queries and
+that short ones fill the tail; heads go in sections whose keys and values stay in the second-level cache. With few queries and
 many keys (decoding) the keys are split among programs, and a second kernel combines the shares. A float32 head too wide
 for the registers goes to several programs: each writes a part of its columns, and computes the scores, over all of them,
 anew. Backward is attention_backward.py, what both share attention_tile.py.

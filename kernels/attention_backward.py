@@ -39,7 +39,7 @@ from pygpt.kernels.device import cdiv
 
 # Every configuration that can be chosen; tests/test_triton_compile.py walks these tables and accepts no spilled register.
 GRAD_Q = (  # the kernel that owns query blocks in backward
-    Row(16, 64, MANY, HOPPER, False, Config(128, 64, 8, 2, 128)),
+    Row(16, 64, MANY, HOPPER, False, Config(64, 64, 4, 3)),
     Row(16, 64, MANY, ANY, None, Config(128, 64, 8, 2)),
     Row(16, 128, MANY, HOPPER, False, Config(128, 64, 8, 2)),
     Row(16, 128, MANY, LATER, None, Config(64, 64, 8, 1)),
@@ -51,7 +51,8 @@ GRAD_Q = (  # the kernel that owns query blocks in backward
     Row(32, 256, MANY, ANY, None, Config(32, 32, 8, 1)),
 )
 GRAD_KV = (  # the kernel that owns key blocks in backward
-    Row(16, 64, MANY, HOPPER, None, Config(64, 128, 8, 2)),
+    Row(16, 64, MANY, HOPPER, False, Config(64, 64, 4, 3)),
+    Row(16, 64, MANY, HOPPER, True, Config(64, 128, 8, 2)),
     Row(16, 64, MANY, ANY, False, Config(64, 128, 8, 2)),
     Row(16, 64, MANY, ANY, True, Config(32, 128, 8, 2)),
     Row(16, 128, MANY, HOPPER, None, Config(32, 128, 8, 2)),

@@ -154,9 +154,9 @@ def strides(*tensors: Tensor) -> list[int]:
 
 
 def heads_in_section(q: Tensor, k: Tensor) -> int:
-    """Heads whose keys and values together take up at most half of the second-level cache."""
+    """Heads whose keys and values together take up at most a quarter of the second-level cache, to last beside all else."""
     S, D = k.shape[1], k.shape[3]
-    return max(1, min(q.shape[0] * q.shape[2], l2_bytes(q) // 2 // max(1, 2 * S * D * k.element_size())))
+    return max(1, min(q.shape[0] * q.shape[2], l2_bytes(q) // 4 // max(1, 2 * S * D * k.element_size())))
 
 
 def block_d(q: Tensor) -> int:

@@ -26,26 +26,40 @@ class Config(NamedTuple):
 TILES = ((256, Config(256, 1)), (1024, Config(1024, 4)), (math.inf, Config(4096, 16)))
 
 
+@triton.jit
+def _add_to_sum(top, total, x):
+    new_top = tl.maximum(top, x)
+    origin = tl.where(new_top == float("-inf"), 0.0, new_top)
+    return new_top, total * tl.exp(top - origin) + tl.exp(x - origin)
+
+
+@triton.jit
+def _gradient(x, at, target, counted, log_total, factor):
+    softmax = tl.exp(x.to(tl.float32) - log_total)
+    return tl.where(counted, (softmax - tl.where(at == target, 1.0, 0.0)) * factor, 0.0).to(x.dtype)
+
+
 @triton.jit(do_not_specialize=["ignore_index"])
 def _rows_kernel(
     logits_ptr, targets_ptr, loss_ptr, factor_ptr,
-    V, ignore_index,
+    V, stride, ignore_index,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Row i: loss[i] = logsumexp(logits[i]) - logits[i, target]; logits[i] := (softmax - one_hot(target)) * factor."""
     row = tl.program_id(0)
-    logits_ptr += row.to(tl.int64) * V
+    logits_ptr += row.to(tl.int64) * stride
     target = tl.load(targets_ptr + row)
     counted = target != ignore_index
     columns = tl.arange(0, BLOCK)
     top = tl.full([BLOCK], float("-inf"), tl.float32)  # a running maximum and sum for each lane of the block
     total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, V, BLOCK):
-        x = tl.load(logits_ptr + start + columns, mask=start + columns < V, other=float("-inf")).to(tl.float32)
-        new_top = tl.maximum(top, x)
-        origin = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp(top - origin) + tl.exp(x - origin)
-        top = new_top
+    whole = V // BLOCK * BLOCK  # what lies before has no mask: with one, the width of an access depends on V
+    for start in range(0, whole, BLOCK):
+        top, total = _add_to_sum(top, total, tl.load(logits_ptr + start + columns).to(tl.float32))
+    rest = whole + columns
+    if whole < V:
+        x = tl.load(logits_ptr + rest, mask=rest < V, other=float("-inf")).to(tl.float32)
+        top, total = _add_to_sum(top, total, x)
     peak = tl.max(top, axis=0)
     total = tl.sum(total * tl.exp(top - peak), axis=0)
     log_total = peak + tl.log(total)
@@ -56,17 +70,19 @@ def _rows_kernel(
     if factor_ptr is not None:
         factor = tl.load(factor_ptr)
         tl.debug_barrier()  # the logit of the target has been read by all before anyone overwrites it
-        for start in range(0, V, BLOCK):
+        for start in range(0, whole, BLOCK):
             at = start + columns
-            x = tl.load(logits_ptr + at, mask=at < V, other=float("-inf")).to(tl.float32)
-            gradient = tl.where(counted, (tl.exp(x - log_total) - tl.where(at == target, 1.0, 0.0)) * factor, 0.0)
-            tl.store(logits_ptr + at, gradient.to(logits_ptr.dtype.element_ty), mask=at < V)
+            x = tl.load(logits_ptr + at)
+            tl.store(logits_ptr + at, _gradient(x, at, target, counted, log_total, factor))
+        if whole < V:
+            x = tl.load(logits_ptr + rest, mask=rest < V, other=float("-inf"))
+            tl.store(logits_ptr + rest, _gradient(x, rest, target, counted, log_total, factor), mask=rest < V)
 
 
 def cross_entropy_rows_(
     logits: Tensor, targets: Tensor, ignore_index: int, grad_factor: Tensor | None = None
 ) -> Tensor:
-    """Losses (rows,) float32 of logits (rows, V), contiguous, against targets (rows,) int64; 0 where ignored.
+    """Losses (rows,) float32 of logits (rows, V), of last stride 1, against targets (rows,) int64; 0 where ignored.
 
     With grad_factor, a float32 scalar, the logits are overwritten by d loss[i] / d logits[i] times it.
     """
@@ -75,7 +91,7 @@ def cross_entropy_rows_(
     tile = up_to(TILES, V)
     if rows:
         _rows_kernel[(rows,)](
-            logits, targets.contiguous(), losses, grad_factor, V, ignore_index,
+            logits, targets.contiguous(), losses, grad_factor, V, logits.stride(0), ignore_index,
             BLOCK=tile.block, num_warps=tile.warps, **FUSED,
         )  # fmt: skip
     return losses

@@ -155,7 +155,7 @@ def _position_kernel(
     source = grad_ptr + row.to(tl.int64)[:, None] * C + col
     for _ in tl.range(0, B, loop_unroll_factor=4):  # that many loads in flight
         total += tl.load(source, mask=inside, other=0.0).to(tl.float32)
-        source += T.to(tl.int64) * C
+        source += tl.cast(T, tl.int64) * C  # T is no tensor where it is 1
     tl.store(target, total.to(position_grad_ptr.dtype.element_ty), mask=inside)
 
 

@@ -169,7 +169,7 @@ def info(console: Console) -> None:
     if backends.forced():
         console.print(f"backend '{backends.forced()}' is forced (PYGPT_BACKEND)")
     if hopper := os.environ.get("PYGPT_CUDA_HOPPER"):
-        effect = "attention of 16-bit tensors by Hopper's kernels" if hopper == "1" else "no effect, only 1 has one"
+        effect = "attention by the portable kernels" if hopper == "0" else "no effect, only 0 has one"
         console.print(f"PYGPT_CUDA_HOPPER={hopper}: cuda on compute capability 9.0: {effect}")
 
 

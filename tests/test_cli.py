@@ -472,7 +472,7 @@ def test_info_says_who_answers_and_why_the_others_do_not(capsys, monkeypatch):
         assert main(["info"]) == 0
     assert "'eager' is forced" in capsys.readouterr().out
     assert "PYGPT_CUDA_HOPPER" not in out
-    for value, effect in (("1", "by Hopper's kernels"), ("yes", "no effect, only 1 has one")):
+    for value, effect in (("0", "by the portable kernels"), ("yes", "no effect, only 0 has one")):
         monkeypatch.setenv("PYGPT_CUDA_HOPPER", value)
         assert main(["info"]) == 0
         assert effect in capsys.readouterr().out

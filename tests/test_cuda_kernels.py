@@ -43,8 +43,9 @@ def library() -> ctypes.CDLL:
 
 
 @pytest.fixture(params=[0, 1, 2], ids="seed{}".format)
-def op(request: pytest.FixtureRequest, library: ctypes.CDLL) -> Any:
-    """The emulated operators, under one order of threads and blocks."""
+def op(request: pytest.FixtureRequest, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The emulated operators, under one order of threads and blocks; of attention the portable kernels."""
+    monkeypatch.setenv("PYGPT_CUDA_HOPPER", "0")
     library.emulation_set_seed(ctypes.c_uint64(request.param))
     return torch.ops.pygpt_emulated
 

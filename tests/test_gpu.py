@@ -21,18 +21,18 @@ if not torch.cuda.is_available():
 
 COLUMNS = [name for name in ("cuda", "triton") if backends.ready(name)]
 if "cuda" in COLUMNS and torch.cuda.get_device_capability() == (9, 0):
-    COLUMNS.append("cuda, Hopper")
+    COLUMNS.append("cuda, portable")
 F32, BF16 = torch.float32, torch.bfloat16
 
 
 @pytest.fixture(params=COLUMNS or ["none"])
 def column(request, monkeypatch):
-    """Each of pygpt's GPU backends in turn, forced; the CUDA one also with its attention for compute capability 9.0."""
+    """Each of pygpt's GPU backends in turn, forced; on compute capability 9.0 the CUDA one also with its portable attention."""
     if request.param == "none":
         reasons = {c.name: c.problem for c in backends.columns() if c.device == "cuda"}
         pytest.fail(f"there is a CUDA device but no backend for it: {reasons}")
-    name, _, hopper = request.param.partition(", ")
-    monkeypatch.setenv("PYGPT_CUDA_HOPPER", str(int(bool(hopper))))
+    name, _, portable = request.param.partition(", ")
+    monkeypatch.setenv("PYGPT_CUDA_HOPPER", str(int(not portable)))
     with pygpt.use_backend(name):
         yield name
 

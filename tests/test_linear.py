@@ -116,6 +116,15 @@ def test_products_with_a_vocabulary(monkeypatch, capability, libraries, M, N, K,
             assert_close(y, exact, dtype, floor=math.sqrt(K))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("M", "N", "K"), [(5, 4101, 24), (5, 24, 4101), (1, 4160, 7), (3, 4097, 4099), (0, 4101, 5)])
+def test_products_of_a_gpu_with_the_odd_part_apart(M, N, K, dtype):
+    a, b = leaf(M, K, dtype=dtype).detach(), leaf(K, N, dtype=dtype, seed=1).detach().t()
+    y, exact = linear_module._by_whole_tiles(a, b), a.double() @ b.double().t()
+    assert y.stride(0) % 64 == 0 and y.stride(1) == 1
+    assert_close(y, exact, dtype, floor=math.sqrt(K))
+
+
 needs_extension = pytest.mark.skipif(backends.extension is None, reason="pygpt._C is not built")
 
 

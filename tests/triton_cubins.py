@@ -152,8 +152,8 @@ def layer_norm_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def embedding_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    def run(C: int, dtype: torch.dtype) -> None:
-        idx = meta(4, 1024, dtype=torch.int64)
+    def run(C: int, dtype: torch.dtype, B: int = 4, T: int = 1024) -> None:
+        idx = meta(B, T, dtype=torch.int64)
         tokens, positions = meta(50257, C, dtype=dtype), meta(1024, C, dtype=dtype)
         x = embedding.embedding_forward(idx, tokens, positions, 0)
         embedding.embedding_backward_(x, idx, tokens, positions, 0)
@@ -162,6 +162,8 @@ def embedding_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     for C in sorted({C for table in tables for C in sizes(table, "embedding")}):
         yield f"{C} bf16", functools.partial(run, C, bf16)
     yield "768 f32", functools.partial(run, 768, f32)
+    # A 1 is a constant of the compiler's, no value with methods.
+    yield "all sizes 1", functools.partial(run, 1, f32, 1, 1)
 
 
 def attention_cases(later: bool = False) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -208,6 +210,7 @@ def attention_cases(later: bool = False) -> Iterator[tuple[str, Callable[[], Any
             # What is split where heads are few, and is not where they are many.
             yield f"D {D} split", functools.partial(run, D, bf16, dropout, dropout, 1024, True, False, (1, 12))
             yield f"D {D} T 1", functools.partial(run, D, bf16, dropout, dropout, 1, True, False, (8, 32))
+        yield "one head", functools.partial(run, 64, bf16, dropout, dropout, 1024, True, True, (1, 1))
 
 
 def other_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -216,8 +219,8 @@ def other_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         for factor in (None, meta(1, dtype=f32)):
             cross_entropy.cross_entropy_rows_(logits, targets, -100, factor)
 
-    def activation(C: int, dtype: torch.dtype, with_bias: bool) -> None:
-        x, bias = meta(4096, C, dtype=dtype), meta(C, dtype=dtype) if with_bias else None
+    def activation(C: int, dtype: torch.dtype, with_bias: bool, rows: int = 4096) -> None:
+        x, bias = meta(rows, C, dtype=dtype), meta(C, dtype=dtype) if with_bias else None
         gelu.bias_gelu_forward(x, bias)
         gelu.bias_gelu_backward(x, x, bias)
 
@@ -237,6 +240,7 @@ def other_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         for C in sizes(gelu.TILES, "gelu"):
             yield f"gelu {C} {dtype}", functools.partial(activation, C, dtype, True)
     yield "gelu 3072 without bias", functools.partial(activation, 3072, bf16, False)
+    yield "gelu of one element", functools.partial(activation, 1, f32, True, 1)
 
 
 CASES = {

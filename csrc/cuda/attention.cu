@@ -21,8 +21,8 @@ __global__ void __launch_bounds__(kTileThreads, D == 64 ? 3 : 2) forward(Attenti
   T* value_tiles = shared.take<T>(2 * kKeys * D, 128);
 
   const int heads = p.B * p.H, tiles = gridDim.x / heads, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int head = blockIdx.x % heads, b = head / p.H, h = head % p.H;
-  const int first = (tiles - 1 - static_cast<int>(blockIdx.x) / heads) * kTileRows, row = first + warp * 16;
+  const auto [head, b, h, nth] = place(p, blockIdx.x, tiles);
+  const int first = (tiles - 1 - nth) * kTileRows, row = first + warp * 16;
   const int shift = p.S - p.T, split = blockIdx.y;
   const int last_key = first + kTileRows + shift < p.S ? first + kTileRows + shift : p.S;  // one past it
   const int first_tile = first_key(p, b, first) / kKeys, key_tiles_all = (last_key + kKeys - 1) / kKeys - first_tile;
@@ -179,6 +179,12 @@ bool attention_on_tensor_cores(const Attention& p, bool backward) {
   bool good = rows_aligned(p.q) && rows_aligned(p.k) && rows_aligned(p.v) && rows_aligned(p.out);
   if (backward) good = good && rows_aligned(p.grad) && rows_aligned(p.grad_q) && rows_aligned(p.grad_k) && rows_aligned(p.grad_v);
   return good;
+}
+
+int heads_in_section(const Attention& p, int l2_bytes) {
+  // A quarter: what a head's blocks read again, keys and values or queries and gradients, has to last beside all else.
+  const int64_t head_bytes = int64_t{2} * p.S * p.D * (p.dtype == DType::f32 ? 4 : 2);
+  return static_cast<int>(std::clamp<int64_t>(l2_bytes / 4 / std::max<int64_t>(head_bytes, 1), 1, std::max(p.B * p.H, 1)));
 }
 
 int attention_splits(const Attention& p, int multiprocessors) {

@@ -19,6 +19,7 @@ struct Attention {
   float scale;
   Dropout dropout;
   const int32_t* document_start;  // (B, T), contiguous, not decreasing along T; null: every query sees key 0
+  int section;             // heads that are worked on at a time, so that their tiles stay in the second-level cache
   Heads q, k, v, out;
   float* lse;              // (B, H, T)
   // Forward, split over keys: partial results of each split, added up by a second kernel. Null and 1 otherwise.
@@ -28,6 +29,18 @@ struct Attention {
   Heads grad, grad_q, grad_k, grad_v;
   float* delta;            // (B, H, T): scratch, the sum over D of grad * out
 };
+
+// The n-th block of a head, and which head, for a block of the grid: of a section's heads, all first blocks come first, then all
+// second ones.
+struct Place {
+  int head, b, h, nth;
+};
+__device__ inline Place place(const Attention& p, int block, int blocks_of_head) {
+  const int heads = p.B * p.H, in_section = p.section * blocks_of_head, begin = block / in_section * p.section;
+  const int width = heads - begin < p.section ? heads - begin : p.section, within = block % in_section;
+  const int head = begin + within % width;
+  return {head, head / p.H, head % p.H, within / width};
+}
 
 // The first key that a query sees; a query beyond the last counts as the last. In range whatever document_start holds.
 __device__ inline int first_key(const Attention& p, int b, int query) {
@@ -55,6 +68,8 @@ __device__ inline int queries_from_before(const Attention& p, int b, int key) {
 // multiple of 16 bytes. attention_plain_* serve all others, up to kMaxHeadDim.
 bool attention_on_tensor_cores(const Attention& p, bool backward);
 constexpr int kMaxHeadDim = 256;
+
+int heads_in_section(const Attention& p, int l2_bytes);
 
 // Into how many parts the keys are split, so that few queries (decoding) still fill the device.
 int attention_splits(const Attention& p, int multiprocessors);

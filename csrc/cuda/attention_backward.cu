@@ -57,9 +57,9 @@ __global__ void __launch_bounds__(kTileThreads) grad_keys(Attention p) {
   T* query_tiles = shared.take<T>(2 * Q * D, 128);
   T* grad_tiles = shared.take<T>(2 * Q * D, 128);
 
-  const int heads = p.B * p.H, warp = threadIdx.x / kWarp;
-  const int head = blockIdx.x % heads, b = head / p.H, h = head % p.H;
-  const int first = static_cast<int>(blockIdx.x) / heads * kTileRows, key = first + warp * 16;
+  const int warp = threadIdx.x / kWarp;
+  const auto [head, b, h, nth] = place(p, blockIdx.x, gridDim.x / (p.B * p.H));
+  const int first = nth * kTileRows, key = first + warp * 16;
   const int shift = p.S - p.T, begin = (first > shift ? first - shift : 0) / Q;
   const int end = (queries_from_before(p, b, first + kTileRows) + Q - 1) / Q, own = key + threadIdx.x % kWarp / 4;
   const int end_query[2] = {queries_from_before(p, b, own + 1), queries_from_before(p, b, own + 9)};
@@ -115,9 +115,9 @@ __global__ void __launch_bounds__(kTileThreads) grad_queries(Attention p) {
   T* key_tiles = shared.take<T>(2 * kKeys * D, 128);
   T* value_tiles = shared.take<T>(2 * kKeys * D, 128);
 
-  const int heads = p.B * p.H, tiles = gridDim.x / heads, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int head = blockIdx.x % heads, b = head / p.H, h = head % p.H;
-  const int first = (tiles - 1 - static_cast<int>(blockIdx.x) / heads) * kTileRows, row = first + warp * 16;
+  const int tiles = gridDim.x / (p.B * p.H), lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const auto [head, b, h, nth] = place(p, blockIdx.x, tiles);
+  const int first = (tiles - 1 - nth) * kTileRows, row = first + warp * 16;
   const int shift = p.S - p.T, last_key = first + kTileRows + shift < p.S ? first + kTileRows + shift : p.S;
   const int begin = first_key(p, b, first) / kKeys, end = (last_key + kKeys - 1) / kKeys;
 

@@ -1,9 +1,9 @@
 // Causal attention forward on Hopper's tensor cores (sm_90a only), after FlashAttention-3 (Shah et al., 2024): a warp that
 // does nothing but load, two warpgroups that compute, and in each the softmax of one tile beside the products of the next.
 //
-// A block takes 128 queries of one head, a warpgroup 64 of them, and walks over the keys 128 at a time. K and V arrive by TMA
-// through a ring of stages in shared memory; each stage has a barrier that it is full and one that it is empty. S and P never
-// leave the registers. Blocks with the most keys come first.
+// There is a block per multiprocessor. It takes 128 queries of one head, a warpgroup 64 of them, walks over the keys 128 at a
+// time, and goes on with other queries. Q, K and V arrive by TMA through rings of stages in shared memory; each stage has a
+// barrier that it is full and one that it is empty. S and P never leave the registers.
 
 #include "cuda/attention_hopper.h"
 
@@ -71,68 +71,78 @@ __device__ void multiply_rows(float (&c)[N][4], const float (&factor)[2]) {
 
 template <class T, int D, bool kDropout>
 __global__ void __launch_bounds__(kThreads, 1) forward(const __grid_constant__ HopperAttention arguments) {
+  using Queries = OwnRing<T, D>;
   using Keys = KeyRing<T, D>;
   const Attention& p = arguments.p;
   SharedMemory shared;
-  T* queries = shared.take<T>(kBlockRows * D, 1024);
+  T* query_tiles = shared.take<T>(Queries::kElements, 1024);
   T* key_tiles = shared.take<T>(Keys::kElements, 1024);
   T* value_tiles = shared.take<T>(Keys::kElements, 1024);
-  uint64_t* queries_full = shared.take<uint64_t>(1 + 2 * Keys::kBarriers);
-  const Keys keys{key_tiles, queries_full + 1}, values{value_tiles, keys.barriers + Keys::kBarriers};
+  const Queries queries{query_tiles, shared.take<uint64_t>(Queries::kBarriers + 2 * Keys::kBarriers)};
+  const Keys keys{key_tiles, queries.barriers + Queries::kBarriers}, values{value_tiles, keys.barriers + Keys::kBarriers};
   if (threadIdx.x == 0) {
+    queries.init();
     keys.init();
     values.init();
-    ptx::mbarrier_init(queries_full, 1);
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
 
-  const auto [head, b, h, first, begin, tiles] = query_block(p);
-
+  const int items = p.B * p.H * blocks_of_head(p.T);
+  int own = 0, n = 0;  // of the rings: tiles of queries, and of keys and values, that have gone through
   if (threadIdx.x < kGroup) {
     ptx::registers_give_back<kLoadRegisters>();
-    if (threadIdx.x == 0) {
-      ptx::mbarrier_arrive_expect(queries_full, kBlockRows * D * sizeof(T));
-      load_tile<T, D, kBlockRows>(queries, arguments.q, queries_full, first, b, h);
-      load_keys_and_values(keys, values, arguments, begin, tiles, b, h);
+    for (int item = blockIdx.x; threadIdx.x == 0 && item < items; item += gridDim.x) {
+      const auto [head, b, h, first, begin, tiles] = query_work(p, item);
+      queries.load(own++, arguments.q, first, b, h);
+      for (int tile = begin; tile < begin + tiles; ++tile, ++n) {
+        keys.load(n, arguments.k, tile * kTileKeys, b, h);
+        values.load(n, arguments.v, tile * kTileKeys, b, h);
+      }
     }
-  } else {
-    ptx::registers_take<kComputeRegisters>();
-    const int group = own_group(), lane = threadIdx.x % kWarp;
+    return;
+  }
+  ptx::registers_take<kComputeRegisters>();
+  const int group = own_group(), lane = threadIdx.x % kWarp;
+  const uint64_t seed = kDropout ? static_cast<uint64_t>(*p.dropout.seed) : 0;
+  for (int item = blockIdx.x; item < items; item += gridDim.x, ++own, ++n) {
+    const auto [head, b, h, first, begin, tiles] = query_work(p, item);
     const int row = first + group * 64 + threadIdx.x % kGroup / kWarp * 16;
-    const T* q = queries + group * 64 * kRowElements;
-    const uint64_t seed = kDropout ? static_cast<uint64_t>(*p.dropout.seed) : 0;
     Rows rows(p, b, row);
     float out[D / 8][4] = {}, s[kTileKeys / 8][4], rescale[2];
     uint32_t probabilities[kTileKeys / 16][4];
-    const auto finish_scores = [&](int n) {  // of s: what the next product takes
-      rows.softmax(s, (begin + n) * kTileKeys, rescale);
-      if constexpr (kDropout) drop(s, p.dropout, seed, head, row, (begin + n) * kTileKeys);
+    const auto finish_scores = [&](int tile) {  // of s: what the next product takes
+      rows.softmax(s, tile * kTileKeys, rescale);
+      if constexpr (kDropout) drop(s, p.dropout, seed, head, row, tile * kTileKeys);
     };
 
-    ptx::mbarrier_wait(queries_full, 0);
-    keys.wait(0);
-    start_by_rows<T, D>(s, q, keys.tile(0));
+    queries.wait(own);
+    const T* q = queries.tile(own) + group * 64 * kRowElements;
+    keys.wait(n);
+    start_by_rows<T, D>(s, q, keys.tile(n));
     ptx::wgmma_wait<0>(s);
-    keys.release(0);
-    finish_scores(0);
+    keys.release(n);
+    finish_scores(begin);
     to_a<T>(probabilities, s);
-    for (int n = 1; n < tiles; ++n) {
+    for (int tile = begin + 1; tile < begin + tiles; ++tile) {
+      ++n;
       keys.wait(n);
       start_by_rows<T, D>(s, q, keys.tile(n));
       values.wait(n - 1);
       start_by_columns<T, D>(out, probabilities, values.tile(n - 1));
       ptx::wgmma_wait<1>(s);
       keys.release(n);
-      finish_scores(n);
+      finish_scores(tile);
       ptx::wgmma_wait<0>(out);
       values.release(n - 1);
       multiply_rows(out, rescale);
       to_a<T>(probabilities, s);
     }
-    values.wait(tiles - 1);
-    start_by_columns<T, D>(out, probabilities, values.tile(tiles - 1));
+    queries.release(own);
+    values.wait(n);
+    start_by_columns<T, D>(out, probabilities, values.tile(n));
     ptx::wgmma_wait<0>(out);
+    values.release(n);
 
     float inverse[2];
 #pragma unroll
@@ -152,11 +162,12 @@ template <class T, int D>
 void run(const Attention& p, const Launch& at) {
   const HopperAttention arguments{p, map_of(p, p.q, p.T, kBlockRows, at), map_of(p, p.k, p.S, kTileKeys, at),
                                   map_of(p, p.v, p.S, kTileKeys, at), {}};
-  const auto blocks = static_cast<unsigned>(ceil_div(p.T, kBlockRows) * p.B * p.H);
   const auto kernel = p.dropout.seed ? forward<T, D, true> : forward<T, D, false>;
+  using Queries = OwnRing<T, D>;
   using Keys = KeyRing<T, D>;
-  const size_t shared = (kBlockRows * D + 2 * Keys::kElements) * sizeof(T) + (1 + 2 * Keys::kBarriers) * sizeof(uint64_t);
-  launch(at, kernel, blocks, kThreads, shared, arguments);
+  const size_t shared = (Queries::kElements + 2 * Keys::kElements) * sizeof(T) +
+                        (Queries::kBarriers + 2 * Keys::kBarriers) * sizeof(uint64_t);
+  launch(at, kernel, blocks_for(ceil_div(p.T, kBlockRows) * p.B * p.H, at), kThreads, shared, arguments);
 }
 
 bool mapped(const Attention& p, const Heads& x, int tokens) {

@@ -26,13 +26,6 @@ struct HopperAttention {
   TensorMap q, k, v, grad;  // (D, H, T or S, B), in boxes of (64, 1, R, 1)
 };
 
-template <class T, int D, int R>
-__device__ void load_tile(T* to, const TensorMap& map, uint64_t* barrier, int row, int b, int h) {
-#pragma unroll
-  for (int part = 0; part < D / kRowElements; ++part)
-    ptx::tma_load(to + part * R * kRowElements, &map, barrier, part * kRowElements, h, row, b);
-}
-
 // A ring of kStages tiles of one head; each stage has a barrier that it is full and one that it is empty. `n` counts the
 // tiles that have gone through.
 template <class T, int D, int R, int kStages>
@@ -57,7 +50,9 @@ struct Ring {
   __device__ void load(int n, const TensorMap& map, int row, int b, int h) const {
     wait_empty(n);
     ptx::mbarrier_arrive_expect(full(n), R * D * sizeof(T));
-    load_tile<T, D, R>(tile(n), map, full(n), row, b, h);
+#pragma unroll
+    for (int part = 0; part < D / kRowElements; ++part)
+      ptx::tma_load(tile(n) + part * R * kRowElements, &map, full(n), part * kRowElements, h, row, b);
   }
   __device__ void wait(int n) const { ptx::mbarrier_wait(full(n), n / kStages % 2); }
   __device__ void release(int n) const {
@@ -69,25 +64,31 @@ constexpr int kTileKeys = 128;  // of a step over keys
 template <class T, int D>
 using KeyRing = Ring<T, D, kTileKeys, D == 64 ? 4 : 2>;
 
-template <class Keys>
-__device__ void load_keys_and_values(const Keys& keys, const Keys& values, const HopperAttention& arguments, int begin, int tiles,
-                                     int b, int h) {
-  for (int n = 0; n < tiles; ++n) {
-    keys.load(n, arguments.k, (begin + n) * kTileKeys, b, h);
-    values.load(n, arguments.v, (begin + n) * kTileKeys, b, h);
-  }
-}
-
-// Of a block's queries: the first one, and the tiles of keys that they see. Blocks with the most keys come first.
-struct QueryBlock {
+// A block of the grid takes every gridDim.x-th of these, so that the tiles of the next arrive while the sums of the last are
+// written: 128 rows of a head, the first of them `first`, and the tiles that they are multiplied with.
+struct Work {
   int head, b, h, first, begin, tiles;
 };
-__device__ inline QueryBlock query_block(const Attention& p) {
-  const int heads = p.B * p.H, blocks = gridDim.x / heads, head = blockIdx.x % heads, b = head / p.H, h = head % p.H;
-  const int first = (blocks - 1 - static_cast<int>(blockIdx.x) / heads) * kBlockRows, shift = p.S - p.T;
+
+__device__ inline int blocks_of_head(int rows) { return (rows + kBlockRows - 1) / kBlockRows; }
+
+// Queries, and the tiles of keys that they see. Those with the most keys come first.
+__device__ inline Work query_work(const Attention& p, int item) {
+  const int blocks = blocks_of_head(p.T), shift = p.S - p.T;
+  const auto [head, b, h, nth] = place(p, item, blocks);
+  const int first = (blocks - 1 - nth) * kBlockRows;
   const int last_key = first + kBlockRows + shift < p.S ? first + kBlockRows + shift : p.S;  // one past it
   const int begin = first_key(p, b, first) / kTileKeys, tiles = (last_key + kTileKeys - 1) / kTileKeys - begin;
   return {head, b, h, first, begin, tiles};
+}
+
+// The tile of a block's own rows, and of the rows that it takes next, where there is room for both.
+template <class T, int D>
+using OwnRing = Ring<T, D, kBlockRows, D == 64 ? 2 : 1>;
+
+// One of these fills a multiprocessor's registers.
+inline unsigned blocks_for(int64_t items, const Launch& at) {
+  return static_cast<unsigned>(items < at.multiprocessors ? items : at.multiprocessors);
 }
 
 // Starts c (64, 8 N) = a b^T: 64 rows, from `a` on, of a tile of the block's own, and a tile of 8 N rows.

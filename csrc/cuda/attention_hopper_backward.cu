@@ -2,9 +2,9 @@
 // does nothing but load, and two warpgroups that compute; probabilities and gradients of scores never leave the registers.
 //
 // Two kernels, so that every gradient has one owner and the same bits come out every time, with no atomics. In one a block
-// has 128 keys, walks over the queries and sums grad_k and grad_v; it computes scores transposed, keys along the rows, so
-// that they come out as the first operand of those sums. In the other a block has 128 queries, walks over the keys and sums
-// grad_q. In both a tile's sums run while the scores of the next one are computed.
+// takes 128 keys, walks over the queries and sums grad_k and grad_v; it computes scores transposed, keys along the rows, so
+// that they come out as the first operand of those sums. In the other a block takes 128 queries, walks over the keys and sums
+// grad_q. In both a tile's sums run while the scores of the next one are computed, and a block goes on with other rows.
 
 #include "cuda/attention_hopper.h"
 
@@ -114,58 +114,77 @@ struct OwnKeys {
   }
 };
 
+// Keys, and the tiles of queries that see them, none where no query does. Those with the most queries come first.
+template <int Q>
+__device__ Work key_work(const Attention& p, int item) {
+  const auto [head, b, h, nth] = place(p, item, blocks_of_head(p.S));
+  const int first = nth * kBlockRows, shift = p.S - p.T, begin = (first > shift ? first - shift : 0) / Q;
+  return {head, b, h, first, begin, (queries_from_before(p, b, first + kBlockRows) + Q - 1) / Q - begin};
+}
+
 template <class T, int D, bool kDropout>
 __global__ void __launch_bounds__(kThreads, 1) grad_keys(const __grid_constant__ HopperAttention arguments) {
+  using Keys = OwnRing<T, D>;
   using Queries = QueryRing<T, D, kDropout>;
   constexpr int Q = kTileQueries<D, kDropout>;
   const Attention& p = arguments.p;
   SharedMemory shared;
-  T* keys = shared.take<T>(kBlockRows * D, 1024);
-  T* values = shared.take<T>(kBlockRows * D, 1024);
+  T* key_tiles = shared.take<T>(Keys::kElements, 1024);
+  T* value_tiles = shared.take<T>(Keys::kElements, 1024);
   T* query_tiles = shared.take<T>(Queries::kElements, 1024);
   T* grad_tiles = shared.take<T>(Queries::kElements, 1024);
   QueryStage<Q>* stages = shared.take<QueryStage<Q>>(kQueryStages);
-  uint64_t* keys_full = shared.take<uint64_t>(1 + 2 * Queries::kBarriers);
-  const Queries queries{query_tiles, keys_full + 1}, grads{grad_tiles, queries.barriers + Queries::kBarriers};
+  const Keys keys{key_tiles, shared.take<uint64_t>(2 * Keys::kBarriers + 2 * Queries::kBarriers)};
+  const Keys values{value_tiles, keys.barriers + Keys::kBarriers};
+  const Queries queries{query_tiles, values.barriers + Keys::kBarriers}, grads{grad_tiles, queries.barriers + Queries::kBarriers};
   if (threadIdx.x == 0) {
+    keys.init();
+    values.init();
     queries.init(1 + kGroup);
     grads.init();
-    ptx::mbarrier_init(keys_full, 1);
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
 
-  const int heads = p.B * p.H, head = blockIdx.x % heads, b = head / p.H, h = head % p.H;
-  const int first = static_cast<int>(blockIdx.x) / heads * kBlockRows, shift = p.S - p.T;
   const uint64_t seed = kDropout ? static_cast<uint64_t>(*p.dropout.seed) : 0;
-  const int begin = (first > shift ? first - shift : 0) / Q;
-  const int tiles = (queries_from_before(p, b, first + kBlockRows) + Q - 1) / Q - begin;  // none where no query sees the keys
-
+  const int items = p.B * p.H * blocks_of_head(p.S);
+  int own = 0, n = 0;  // of the rings: tiles of keys and values, and of queries and gradients, that have gone through
   if (threadIdx.x < kGroup) {
     ptx::registers_give_back<kFillRegisters>();
-    if (threadIdx.x == 0 && tiles > 0) {
-      ptx::mbarrier_arrive_expect(keys_full, 2 * kBlockRows * D * sizeof(T));
-      load_tile<T, D, kBlockRows>(keys, arguments.k, keys_full, first, b, h);
-      load_tile<T, D, kBlockRows>(values, arguments.v, keys_full, first, b, h);
-    }
-    for (int n = 0; n < tiles; ++n) {
-      const int query = (begin + n) * Q;
+    for (int item = blockIdx.x; item < items; item += gridDim.x) {
+      const auto [head, b, h, first, begin, tiles] = key_work<Q>(p, item);
+      if (tiles <= 0) continue;
       if (threadIdx.x == 0) {
-        queries.load(n, arguments.q, query, b, h);
-        grads.load(n, arguments.grad, query, b, h);
+        keys.load(own, arguments.k, first, b, h);
+        values.load(own, arguments.v, first, b, h);
       }
-      queries.wait_empty(n);
-      stages[n % kQueryStages].template fill<kDropout>(p, seed, head, query, first);
-      ptx::mbarrier_arrive(queries.full(n));
+      ++own;
+      for (int tile = begin; tile < begin + tiles; ++tile, ++n) {
+        if (threadIdx.x == 0) {
+          queries.load(n, arguments.q, tile * Q, b, h);
+          grads.load(n, arguments.grad, tile * Q, b, h);
+        }
+        queries.wait_empty(n);
+        stages[n % kQueryStages].template fill<kDropout>(p, seed, head, tile * Q, first);
+        ptx::mbarrier_arrive(queries.full(n));
+      }
     }
-  } else {
-    ptx::registers_take<kSumRegisters>();
-    const int group = own_group();
-    const OwnKeys own(p, b, first + group * 64 + threadIdx.x % kGroup / kWarp * 16);
-    const T *k = keys + group * 64 * kRowElements, *v = values + group * 64 * kRowElements;
+    return;
+  }
+  ptx::registers_take<kSumRegisters>();
+  const int group = own_group();
+  for (int item = blockIdx.x; item < items; item += gridDim.x) {
+    const auto [head, b, h, first, begin, tiles] = key_work<Q>(p, item);
+    const OwnKeys rows(p, b, first + group * 64 + threadIdx.x % kGroup / kWarp * 16);
     float grad_k[D / 8][4] = {}, grad_v[D / 8][4] = {}, s[Q / 8][4], d[Q / 8][4];
     uint32_t probabilities[Q / 16][4], grad_scores[Q / 16][4];
+    const T *k = keys.tile(own) + group * 64 * kRowElements, *v = values.tile(own) + group * 64 * kRowElements;
 
+    const auto finish_sums = [&] {
+      ptx::wgmma_wait<0>(grad_v);
+      ptx::wgmma_wait<0>(grad_k);
+      __syncwarp();  // all threads of the warp have read their part of the stage
+    };
     const auto start_sums = [&](int n) {
       start_by_columns<T, D>(grad_v, probabilities, grads.tile(n));
       start_by_columns<T, D>(grad_k, grad_scores, queries.tile(n));
@@ -174,37 +193,42 @@ __global__ void __launch_bounds__(kThreads, 1) grad_keys(const __grid_constant__
       grads.wait(n);
       start_by_rows<T, D>(d, v, grads.tile(n));
       ptx::wgmma_wait<0>(d);
-      own.grad_scores<kDropout>(s, d, stages[n % kQueryStages], p.dropout.kept_scale);
+      rows.grad_scores<kDropout>(s, d, stages[n % kQueryStages], p.dropout.kept_scale);
       to_a<T>(probabilities, s);
       to_a<T>(grad_scores, d);
     };
 
     if (tiles > 0) {
-      ptx::mbarrier_wait(keys_full, 0);
-      queries.wait(0);
-      start_by_rows<T, D>(s, k, queries.tile(0));
+      keys.wait(own);
+      values.wait(own);
+      queries.wait(n);
+      start_by_rows<T, D>(s, k, queries.tile(n));
       ptx::wgmma_wait<0>(s);
-      own.probabilities<kDropout>(s, stages[0], begin * Q);
-      finish_scores(0);
-      for (int n = 1; n < tiles; ++n) {
+      rows.probabilities<kDropout>(s, stages[n % kQueryStages], begin * Q);
+      finish_scores(n);
+      for (int tile = begin + 1; tile < begin + tiles; ++tile) {
+        ++n;
         queries.wait(n);
         start_by_rows<T, D>(s, k, queries.tile(n));
         start_sums(n - 1);
         ptx::wgmma_wait<2>(s);
-        own.probabilities<kDropout>(s, stages[n % kQueryStages], (begin + n) * Q);
-        ptx::wgmma_wait<0>(grad_v);
-        ptx::wgmma_wait<0>(grad_k);
-        __syncwarp();  // all threads of the warp have read their part of the stage
+        rows.probabilities<kDropout>(s, stages[n % kQueryStages], tile * Q);
+        finish_sums();
         queries.release(n - 1);
         grads.release(n - 1);
         finish_scores(n);
       }
-      start_sums(tiles - 1);
-      ptx::wgmma_wait<0>(grad_v);
-      ptx::wgmma_wait<0>(grad_k);
+      keys.release(own);
+      values.release(own);
+      ++own;
+      start_sums(n);
+      finish_sums();
+      queries.release(n);
+      grads.release(n);
+      ++n;
     }
-    store_rows(grad_k, head_of<T>(p.grad_k, b, h), p.grad_k.token, own.key, p.S, p.D, p.scale);
-    store_rows(grad_v, head_of<T>(p.grad_v, b, h), p.grad_v.token, own.key, p.S, p.D, 1.0f);
+    store_rows(grad_k, head_of<T>(p.grad_k, b, h), p.grad_k.token, rows.key, p.S, p.D, p.scale);
+    store_rows(grad_v, head_of<T>(p.grad_v, b, h), p.grad_v.token, rows.key, p.S, p.D, 1.0f);
   }
 }
 
@@ -263,73 +287,87 @@ struct OwnQueries {
 
 template <class T, int D, bool kDropout>
 __global__ void __launch_bounds__(kThreads, 1) grad_queries(const __grid_constant__ HopperAttention arguments) {
+  using Queries = OwnRing<T, D>;
   using Keys = KeyRing<T, D>;
   const Attention& p = arguments.p;
   SharedMemory shared;
-  T* queries = shared.take<T>(kBlockRows * D, 1024);
-  T* grads = shared.take<T>(kBlockRows * D, 1024);
+  T* query_tiles = shared.take<T>(Queries::kElements, 1024);
+  T* grad_tiles = shared.take<T>(Queries::kElements, 1024);
   T* key_tiles = shared.take<T>(Keys::kElements, 1024);
   T* value_tiles = shared.take<T>(Keys::kElements, 1024);
-  uint64_t* queries_full = shared.take<uint64_t>(1 + 2 * Keys::kBarriers);
-  const Keys keys{key_tiles, queries_full + 1}, values{value_tiles, keys.barriers + Keys::kBarriers};
+  const Queries queries{query_tiles, shared.take<uint64_t>(2 * Queries::kBarriers + 2 * Keys::kBarriers)};
+  const Queries grads{grad_tiles, queries.barriers + Queries::kBarriers};
+  const Keys keys{key_tiles, grads.barriers + Queries::kBarriers}, values{value_tiles, keys.barriers + Keys::kBarriers};
   if (threadIdx.x == 0) {
+    queries.init();
+    grads.init();
     keys.init();
     values.init();
-    ptx::mbarrier_init(queries_full, 1);
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
 
-  const auto [head, b, h, first, begin, tiles] = query_block(p);
-
+  const int items = p.B * p.H * blocks_of_head(p.T);
+  int own = 0, n = 0;  // of the rings: tiles of queries and gradients, and of keys and values, that have gone through
   if (threadIdx.x < kGroup) {
     ptx::registers_give_back<kLoadRegisters>();
-    if (threadIdx.x == 0) {
-      ptx::mbarrier_arrive_expect(queries_full, 2 * kBlockRows * D * sizeof(T));
-      load_tile<T, D, kBlockRows>(queries, arguments.q, queries_full, first, b, h);
-      load_tile<T, D, kBlockRows>(grads, arguments.grad, queries_full, first, b, h);
-      load_keys_and_values(keys, values, arguments, begin, tiles, b, h);
+    for (int item = blockIdx.x; threadIdx.x == 0 && item < items; item += gridDim.x, ++own) {
+      const auto [head, b, h, first, begin, tiles] = query_work(p, item);
+      queries.load(own, arguments.q, first, b, h);
+      grads.load(own, arguments.grad, first, b, h);
+      for (int tile = begin; tile < begin + tiles; ++tile, ++n) {
+        keys.load(n, arguments.k, tile * kTileKeys, b, h);
+        values.load(n, arguments.v, tile * kTileKeys, b, h);
+      }
     }
-  } else {
-    ptx::registers_take<kComputeRegisters>();
-    const int group = own_group();
-    const OwnQueries own(p, b, head, first + group * 64 + threadIdx.x % kGroup / kWarp * 16);
-    const T *q = queries + group * 64 * kRowElements, *grad = grads + group * 64 * kRowElements;
-    const uint64_t seed = kDropout ? static_cast<uint64_t>(*p.dropout.seed) : 0;
+    return;
+  }
+  ptx::registers_take<kComputeRegisters>();
+  const int group = own_group();
+  const uint64_t seed = kDropout ? static_cast<uint64_t>(*p.dropout.seed) : 0;
+  for (int item = blockIdx.x; item < items; item += gridDim.x, ++own, ++n) {
+    const auto [head, b, h, first, begin, tiles] = query_work(p, item);
+    const OwnQueries rows(p, b, head, first + group * 64 + threadIdx.x % kGroup / kWarp * 16);
+    const T *q = queries.tile(own) + group * 64 * kRowElements, *grad = grads.tile(own) + group * 64 * kRowElements;
     float grad_q[D / 8][4] = {}, s[kTileKeys / 8][4], d[kTileKeys / 8][4];
     uint32_t grad_scores[kTileKeys / 16][4];
-    const auto make_probabilities = [&](int n) {  // of s
-      own.probabilities(s, (begin + n) * kTileKeys);
-      if constexpr (kDropout) drop<true>(s, p.dropout, seed, head, own.row, (begin + n) * kTileKeys);
+    const auto make_probabilities = [&](int tile) {  // of s
+      rows.probabilities(s, tile * kTileKeys);
+      if constexpr (kDropout) drop<true>(s, p.dropout, seed, head, rows.row, tile * kTileKeys);
     };
-    const auto finish_scores = [&](int n) {  // of s, the probabilities: what the sum takes
+    const auto finish_scores = [&] {  // of s, the probabilities: what the sum takes
       values.wait(n);
       start_by_rows<T, D>(d, grad, values.tile(n));
       ptx::wgmma_wait<0>(d);
       values.release(n);
-      own.grad_scores<kDropout>(s, d, p.dropout.kept_scale);
+      rows.grad_scores<kDropout>(s, d, p.dropout.kept_scale);
       to_a<T>(grad_scores, d);
     };
 
-    ptx::mbarrier_wait(queries_full, 0);
-    keys.wait(0);
-    start_by_rows<T, D>(s, q, keys.tile(0));
+    queries.wait(own);
+    grads.wait(own);
+    keys.wait(n);
+    start_by_rows<T, D>(s, q, keys.tile(n));
     ptx::wgmma_wait<0>(s);
-    make_probabilities(0);
-    finish_scores(0);
-    for (int n = 1; n < tiles; ++n) {
+    make_probabilities(begin);
+    finish_scores();
+    for (int tile = begin + 1; tile < begin + tiles; ++tile) {
+      ++n;
       keys.wait(n);
       start_by_rows<T, D>(s, q, keys.tile(n));
       start_by_columns<T, D>(grad_q, grad_scores, keys.tile(n - 1));
       ptx::wgmma_wait<1>(s);
-      make_probabilities(n);
+      make_probabilities(tile);
       ptx::wgmma_wait<0>(grad_q);
       keys.release(n - 1);
-      finish_scores(n);
+      finish_scores();
     }
-    start_by_columns<T, D>(grad_q, grad_scores, keys.tile(tiles - 1));
+    queries.release(own);
+    grads.release(own);
+    start_by_columns<T, D>(grad_q, grad_scores, keys.tile(n));
     ptx::wgmma_wait<0>(grad_q);
-    store_rows(grad_q, head_of<T>(p.grad_q, b, h), p.grad_q.token, own.row, p.T, p.D, p.scale);
+    keys.release(n);
+    store_rows(grad_q, head_of<T>(p.grad_q, b, h), p.grad_q.token, rows.row, p.T, p.D, p.scale);
   }
 }
 
@@ -341,17 +379,16 @@ void run(const Attention& p, const Launch& at) {
                            map_of(p, p.v, p.S, rows_of_keys, at), map_of(p, p.grad, p.T, rows_of_queries, at)};
   };
   const auto shared = [](int ring_elements, int ring_barriers) {
-    return 2 * (kBlockRows * D + ring_elements) * sizeof(T) + (1 + 2 * ring_barriers) * sizeof(uint64_t);
+    return 2 * ((OwnRing<T, D>::kElements + ring_elements) * sizeof(T) +
+                (OwnRing<T, D>::kBarriers + ring_barriers) * sizeof(uint64_t));
   };
   using Queries = QueryRing<T, D, kDropout>;
   using Keys = KeyRing<T, D>;
-  const auto heads = static_cast<unsigned>(p.B * p.H);
-  const auto key_blocks = static_cast<unsigned>(ceil_div(p.S, kBlockRows));
-  const auto query_blocks = static_cast<unsigned>(ceil_div(p.T, kBlockRows));
-  launch(at, grad_keys<T, D, kDropout>, key_blocks * heads, kThreads,
+  const int64_t heads = int64_t(p.B) * p.H;
+  launch(at, grad_keys<T, D, kDropout>, blocks_for(ceil_div(p.S, kBlockRows) * heads, at), kThreads,
          shared(Queries::kElements, Queries::kBarriers) + kQueryStages * sizeof(QueryStage<Q>), arguments(Q, kBlockRows));
-  launch(at, grad_queries<T, D, kDropout>, query_blocks * heads, kThreads, shared(Keys::kElements, Keys::kBarriers),
-         arguments(kBlockRows, kTileKeys));
+  launch(at, grad_queries<T, D, kDropout>, blocks_for(ceil_div(p.T, kBlockRows) * heads, at), kThreads,
+         shared(Keys::kElements, Keys::kBarriers), arguments(kBlockRows, kTileKeys));
 }
 
 template <class T>

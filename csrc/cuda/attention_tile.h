@@ -84,20 +84,38 @@ __device__ void to_a(uint32_t (&a)[4], const float (&c)[N][4], int step) {
   }
 }
 
-// Writes an accumulator's rows row .. row + 15 of one head, those below `rows`, times `factor`.
+// Among four neighbouring threads: x[i] of the j-th becomes x[j] of the i-th.
+__device__ inline void transpose_quad(uint32_t (&x)[4]) {
+  const int lane = threadIdx.x % 4;
+#pragma unroll
+  for (int step = 1; step < 4; step *= 2) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & step) continue;
+      uint32_t &low = x[i], &high = x[i | step];
+      const uint32_t other = __shfl_xor_sync(kWholeWarp, lane & step ? low : high, step);
+      (lane & step ? low : high) = other;
+    }
+  }
+}
+
+// Writes an accumulator's rows row .. row + 15 of one head, those below `rows`, times `factor`. The whole warp calls it: four
+// threads, which have two columns of every eight, exchange them and write 16 bytes each.
 template <class T, int N>
 __device__ void store_rows(const float (&c)[N][4], T* head, int64_t stride, int row, int rows, int head_dim, float factor) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int at = row + lane / 4 + half * 8;
-    if (at >= rows) continue;
 #pragma unroll
-    for (int n = 0; n < N; ++n) {
-      const int column = n * 8 + lane % 4 * 2;
-      if (column >= head_dim) continue;
-      const uint32_t pair = ptx::pack(T{}, c[n][2 * half] * factor, c[n][2 * half + 1] * factor);
-      *reinterpret_cast<uint32_t*>(head + at * stride + column) = pair;
+    for (int n = 0; n < N; n += 4) {
+      uint32_t pairs[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) pairs[i] = ptx::pack(T{}, c[n + i][2 * half] * factor, c[n + i][2 * half + 1] * factor);
+      transpose_quad(pairs);
+      const int column = (n + lane % 4) * 8;
+      if (at < rows && column < head_dim)
+        *reinterpret_cast<uint4*>(head + at * stride + column) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
     }
   }
 }

@@ -106,9 +106,9 @@ def _check_range(targets: Tensor, V: int, ignore_index: int) -> None:
         )
 
 
-def _chunks(tokens: int, V: int, itemsize: int, backend: str) -> list[tuple[int, int]]:
+def _chunks(tokens: int, V: int, itemsize: int, on_cpu: bool) -> list[tuple[int, int]]:
     """Begin and end of chunks about equally long, in whole tiles: other numbers of rows cost a product up to a third more."""
-    bytes_ = GPU_CHUNK_BYTES if backend == "triton" else CHUNK_BYTES
+    bytes_ = CHUNK_BYTES if on_cpu else GPU_CHUNK_BYTES
     tiles = -(-tokens // TILE)
     chunks = -(-tiles // max(1, bytes_ // (TILE * itemsize * max(V, 1))))
     return list(itertools.pairwise([*(TILE * (tiles * i // chunks) for i in range(chunks)), tokens]))
@@ -127,7 +127,9 @@ def _rows(logits: Tensor, targets: Tensor, ignore_index: int, factor: Tensor | N
     if factor is None:
         return losses, logits, None
     grad = log_p.exp_().scatter_add_(1, at, log_p.new_full((), -1).expand_as(at)).mul_(valid.unsqueeze(1))
-    return losses, grad.to(logits.dtype), factor  # times 1 / count float16 could not hold it
+    # In place on a GPU, where the rows of logits begin where the products want them to. Times 1 / count float16 could not
+    # hold the gradients.
+    return losses, logits.copy_(grad) if logits.is_cuda else grad.to(logits.dtype), factor
 
 
 def _rows_compiled(logits: Tensor, targets: Tensor, ignore_index: int, factor: Tensor | None) -> Rows:
@@ -173,7 +175,7 @@ def _loss_and_gradients(
     factor = count.clamp(min=1).reciprocal() if need_hidden or need_weight else None
     total, grads = torch.zeros_like(count), []
     grad_weight = torch.zeros_like(weight) if need_weight else None
-    for start, end in _chunks(hidden.shape[0], weight.shape[0], hidden.itemsize if compiled else 4, backend):
+    for start, end in _chunks(hidden.shape[0], weight.shape[0], hidden.itemsize if compiled else 4, hidden.is_cpu):
         x = hidden[start:end]
         losses, grad, left = of_rows(matmul_nt(x, weight), targets[start:end], ignore_index, factor)
         total += losses.sum()

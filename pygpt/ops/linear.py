@@ -23,7 +23,7 @@ from pygpt.ops import backends
 from pygpt.ops.autograd import first_order
 
 SLICE_BYTES = 3 << 20  # of a float32 product that is added to another tensor, or of an operand converted to float32
-TILE, WIDE = 64, 4096  # of a product of more than 4,096 rows, those that fill no tile of 64 are computed apart
+TILE, WIDE = 64, 4096  # of a dimension of more than 4,096, what fills no tile of 64 is computed apart
 # Multiplications of a product below which a function of our own does not win back what it costs: where it is twice as fast
 # as F.linear or more, and where it is a little faster.
 SMALL_PRODUCT, SMALL_PRODUCT_OF_A_PEER = 3 << 19, 1 << 28
@@ -78,9 +78,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b.T for matrices a (M, K) and b (N, K) of any strides, outside autograd. Its workspace is small even for large b."""
+    """a @ b.T for matrices a (M, K) and b (N, K) of any strides, outside autograd. Its workspace is small even for large b.
+
+    On a GPU the result's rows may have room between them."""
     if not _has_own_way(a, b):
-        return a @ b.t()
+        odd = a.is_cuda and (_whole_tiles(b.shape[0]), _whole_tiles(b.shape[1])) != tuple(b.shape)
+        return _by_whole_tiles(a, b) if odd and not torch.compiler.is_compiling() else a @ b.t()
     if not in_float32(a):
         return _product(a, b)
     # Converting all of a vocabulary's weights would take more memory than the logits: by parts of the longer dimension.
@@ -97,6 +100,24 @@ def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
     return sums.to(a.dtype)
 
 
+def _whole_tiles(size: int) -> int:
+    return size // TILE * TILE if size > WIDE else size
+
+
+def _by_whole_tiles(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b.T where a vocabulary's odd size would take it off cuBLAS's fast path, which wants rows at multiples of 16 bytes
+    and whole tiles: GPT-2's 50,257 took two thirds of a training step on an H100 (bench/LOG.md)."""
+    (N, K), M = b.shape, a.shape[0]
+    k = _whole_tiles(K)
+    out = a.new_empty(M, -(-N // TILE) * TILE)[:, :N]
+    for part, of_b in zip(out.tensor_split([_whole_tiles(N)], 1), b.tensor_split([_whole_tiles(N)]), strict=True):
+        if part.shape[1]:
+            torch.mm(a[:, :k], of_b[:, :k].t(), out=part)
+            if k < K:
+                part.addmm_(a[:, k:], of_b[:, k:].t())
+    return out
+
+
 def add_matmul_tn_(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out (N, K) += a.T @ b for matrices a (M, N) and b (M, K) of any strides, outside autograd."""
     if _has_own_way(a, b):
@@ -108,9 +129,8 @@ def add_matmul_tn_(out: Tensor, a: Tensor, b: Tensor) -> None:
         for part, a_t in zip(out.split(rows), a.t().split(rows), strict=True):
             part += _product(a_t.float(), columns)  # it has no sum: the slice is added from the cache
         return
-    # The odd rows of a vocabulary apart: they would take all of the product off oneDNN's fast path.
-    apart = out.shape[0] > WIDE and out.is_cpu and not torch.compiler.is_compiling()
-    whole = out.shape[0] // TILE * TILE if apart else out.shape[0]
+    # The odd rows of a vocabulary apart: they would take all of the product off oneDNN's fast path, and cuBLAS's.
+    whole = out.shape[0] if torch.compiler.is_compiling() else _whole_tiles(out.shape[0])
     out[:whole].addmm_(a.t()[:whole], b)
     if whole < out.shape[0]:
         out[whole:].addmm_(a.t()[whole:], b)

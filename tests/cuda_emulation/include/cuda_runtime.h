@@ -110,7 +110,7 @@ using std::fmax;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
 using cudaStream_t = void*;
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrL2CacheSize = 38, cudaDevAttrComputeCapabilityMajor = 75 };
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -120,8 +120,8 @@ struct cudaLaunchConfig_t {
 
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  // Few multiprocessors, so that small inputs make every block take more than one turn.
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : 9;
+  // Few multiprocessors and a small cache, so that small inputs make every block take more than one turn.
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : attribute == cudaDevAttrL2CacheSize ? 200'000 : 9;
   return cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
