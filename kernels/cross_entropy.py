@@ -7,7 +7,6 @@ loop over chunks is pygpt/ops/cross_entropy.py. (Gradients in the forward pass a
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
@@ -17,13 +16,9 @@ from torch import Tensor
 from pygpt.kernels.device import FUSED, up_to
 
 
-class Config(NamedTuple):
-    block: int  # columns of a tile
-    warps: int
-
-
-# Vocabulary up to this -> tile of 8 values a thread, a row of GPT-2's in 25; tests/test_triton_compile.py walks the table.
-TILES = ((256, Config(256, 1)), (1024, Config(1024, 4)), (math.inf, Config(2048, 8)))
+# Vocabulary up to this -> warps, each thread of which has 16 bytes of a tile: GPT-2's rows are 13 tiles in bfloat16. Few rows
+# at a time, so that the second pass finds them in the cache. tests/test_triton_compile.py walks the table.
+WARPS = ((256, 1), (1024, 4), (math.inf, 16))
 
 
 @triton.jit
@@ -88,10 +83,10 @@ def cross_entropy_rows_(
     """
     rows, V = logits.shape
     losses = logits.new_empty(rows, dtype=torch.float32)
-    tile = up_to(TILES, V)
+    warps = up_to(WARPS, V)
     if rows:
         _rows_kernel[(rows,)](
             logits, targets.contiguous(), losses, grad_factor, V, logits.stride(0), ignore_index,
-            BLOCK=tile.block, num_warps=tile.warps, **FUSED,
+            BLOCK=warps * 32 * 16 // logits.itemsize, num_warps=warps, **FUSED,
         )  # fmt: skip
     return losses

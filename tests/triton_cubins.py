@@ -235,7 +235,7 @@ def other_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 
     for dtype in (bf16, f32):
         yield f"adamw {dtype}", functools.partial(update, dtype)
-        for V in sizes(cross_entropy.TILES, "cross_entropy"):
+        for V in sizes(cross_entropy.WARPS, "cross_entropy"):
             yield f"loss {V} {dtype}", functools.partial(loss, V, dtype)
         for C in sizes(gelu.TILES, "gelu"):
             yield f"gelu {C} {dtype}", functools.partial(activation, C, dtype, True)
