@@ -15,7 +15,6 @@ from torch import Tensor
 
 from pygpt.kernels.device import FUSED, up_to
 
-
 # Vocabulary up to this -> warps, each thread of which has 16 bytes of a tile: GPT-2's rows are 13 tiles in bfloat16. Few rows
 # at a time, so that the second pass finds them in the cache. tests/test_triton_compile.py walks the table.
 WARPS = ((256, 1), (1024, 4), (math.inf, 16))
