@@ -151,7 +151,14 @@ def in_float32(x: Tensor) -> bool:
 
 def has_tiles(x: Tensor) -> bool:
     """Whether products of x go through our kernel for AMX."""
-    return x.dtype == torch.bfloat16 and backends.extension is not None and backends.extension.has_tiles()
+    return x.dtype == torch.bfloat16 and _has_tiles()
+
+
+def _has_tiles() -> bool:
+    return backends.extension is not None and bool(backends.extension.has_tiles())
+
+
+_has_tiles._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a compiler cannot trace into the extension
 
 
 def has_own_product(x: Tensor) -> bool:
