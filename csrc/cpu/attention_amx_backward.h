@@ -23,8 +23,8 @@ constexpr int64_t kOperand = 2 * kTile, kResult = 4 * kTile;
 
 // Where the parts of the workspace lie. n: the head dimension in steps; a block is of an operand unless it is a result.
 struct TileBuffers {
-  // Of the head. Per step of queries, n blocks of each: second operands Q^T and dO^T, second operands Q and dO, the result
-  // dQ^T.
+  // Of the head. Per step of queries, n blocks of each: second operands Q^T and dO^T (two columns of n tiles), second operands Q
+  // and dO, the result dQ^T.
   float *query_across, *grad_across, *query, *grad, *grad_q;
   // Of kBlockKeys keys. Per step, n blocks of each: first operands K and V, the results dK and dV. First operand K^T: per step
   // of the head dimension the blocks of all keys.
@@ -75,7 +75,7 @@ static void pack_first(const bf16* from, int64_t stride, int64_t rows, int64_t D
     for (int64_t i = 0; i < n; ++i) store(to + i * kOperand, (vf)load_slice(from, i * kStep, D, r < rows));
 }
 
-// 32 rows, transposed, as the second operand of a product over D: n blocks.
+// 32 rows, transposed, as the second operand of a product over D: two columns of tiles, of n tiles each.
 static void pack_second_across(const bf16* from, int64_t stride, int64_t rows, int64_t D, int64_t n, float* to) {
   for (int64_t r = 0; r < kStep; r += kLanes)
     for (int64_t i = 0; i < n; ++i) {
@@ -84,7 +84,7 @@ static void pack_second_across(const bf16* from, int64_t stride, int64_t rows, i
       for (int j = 0; j < kLanes; ++j) block[j] = (vf)load_slice(from + (r + j) * stride, i * kStep, D, r + j < rows);
       transpose<kLanes / 2>(block);
 #pragma GCC unroll 16
-      for (int j = 0; j < kLanes; ++j) store(to + i * kOperand + (r + j) * kLanes, block[j]);
+      for (int j = 0; j < kLanes; ++j) store(to + (r / kLanes * n + i) * kTile + j * kLanes, block[j]);
     }
 }
 
@@ -129,81 +129,88 @@ static vf sums_of_products(const bf16* a, int64_t a_stride, const bf16* b, int64
 
 // --- products ------------------------------------------------------------------------------------------------------
 
-// c (32 x 32) += the product of a (32 x 32 steps) and b (32 steps x 32), whose blocks lie a_step and b_step floats apart.
-PYGPT_INLINE void add_steps(const float* a, int64_t a_step, const float* b, int64_t b_step, int64_t steps) {
-  for (; steps > 0; --steps, a += a_step, b += b_step) {
-    tile_load<0>(a, 64);
-    tile_load_once<2>(b, 64);
-    tile_dot_bf16<4, 0, 2>();
-    tile_load_once<3>(b + kTile, 64);
-    tile_dot_bf16<5, 0, 3>();
-    tile_load<1>(a + kTile, 64);
-    tile_dot_bf16<6, 1, 2>();
-    tile_dot_bf16<7, 1, 3>();
-  }
-}
-
-PYGPT_INLINE void store_result(float* c) {
-  tile_store<4>(c, 64);
-  tile_store<5>(c + kTile, 64);
-  tile_store<6>(c + 2 * kTile, 64);
-  tile_store<7>(c + 3 * kTile, 64);
-}
-
-// One step of a product of 32 x 32: tiles 0 and 1 hold a, 2 and 3 b, 4 to 7 the sum, which comes from c in the FIRST step
-// and goes there in the LAST. Each tile is loaded and stored beside its own product: four stores in a row, which all wait,
-// would fill the window in which the processor looks for other work.
+// One step of a product of 32 x 32: tiles 0 and 1 hold a, 2 and 3 b, 4 to 7 the sum, which begins as `from` in the FIRST step
+// (c, or one row of kZeros, of stride 0) and goes to c in the LAST. Each tile is loaded and stored beside its own product: four
+// stores in a row, which all wait, would fill the window in which the processor looks for other work.
 template <bool FIRST, bool LAST>
-PYGPT_INLINE void product_step(const float* a, const float* b, float* c) {
+PYGPT_INLINE void product_step(const float* a, const float* b, float* c, const float* from, int64_t stride) {
+  const int64_t next = stride ? kTile : 0;
   tile_load<0>(a, 64);
   tile_load_once<2>(b, 64);
-  if constexpr (FIRST) tile_load<4>(c, 64);
+  if constexpr (FIRST) tile_load<4>(from, stride);
   tile_dot_bf16<4, 0, 2>();
   if constexpr (LAST) tile_store<4>(c, 64);
   tile_load_once<3>(b + kTile, 64);
-  if constexpr (FIRST) tile_load<5>(c + kTile, 64);
+  if constexpr (FIRST) tile_load<5>(from + next, stride);
   tile_dot_bf16<5, 0, 3>();
   if constexpr (LAST) tile_store<5>(c + kTile, 64);
   tile_load<1>(a + kTile, 64);
-  if constexpr (FIRST) tile_load<6>(c + 2 * kTile, 64);
+  if constexpr (FIRST) tile_load<6>(from + 2 * next, stride);
   tile_dot_bf16<6, 1, 2>();
   if constexpr (LAST) tile_store<6>(c + 2 * kTile, 64);
-  if constexpr (FIRST) tile_load<7>(c + 3 * kTile, 64);
+  if constexpr (FIRST) tile_load<7>(from + 3 * next, stride);
   tile_dot_bf16<7, 1, 3>();
   if constexpr (LAST) tile_store<7>(c + 3 * kTile, 64);
 }
 
-// c (32 x 32) += the product of a (32 x 32 steps) and b (32 steps x 32), whose blocks lie a_step and b_step floats apart.
-static void add_product(const float* a, int64_t a_step, const float* b, int64_t b_step, int64_t steps, float* c) {
-  if (steps == 1) return product_step<true, true>(a, b, c);
-  product_step<true, false>(a, b, c);
-  for (a += a_step, b += b_step; steps > 2; --steps, a += a_step, b += b_step) product_step<false, false>(a, b, c);
-  product_step<false, true>(a, b, c);
+// c (32 x 32) += the product of a (32 x 32 steps) and b (32 steps x 32), whose blocks lie a_step and b_step floats apart;
+// c = it if `first`.
+static void add_product(const float* a, int64_t a_step, const float* b, int64_t b_step, int64_t steps, float* c,
+                        bool first) {
+  const float* from = first ? kZeros : c;
+  const int64_t stride = first ? 0 : 64;
+  if (steps == 1) return product_step<true, true>(a, b, c, from, stride);
+  product_step<true, false>(a, b, c, from, stride);
+  for (a += a_step, b += b_step; steps > 2; --steps, a += a_step, b += b_step)
+    product_step<false, false>(a, b, c, from, stride);
+  product_step<false, true>(a, b, c, from, stride);
 }
 
-// c = the product of a (32 x 32 n) and b (32 n x 32) plus what tiles 4 to 7 hold.
-PYGPT_INLINE void finish_score(const float* a, const float* b, int64_t n, float* c) {
-  for (; n > 1; --n, a += kOperand, b += kOperand) product_step<false, false>(a, b, c);
-  product_step<false, true>(a, b, c);
-}
-
-// S^T of 32 keys and 32 queries, and dP^T, less delta unless there is dropout.
+// S^T of 32 keys and 32 queries, and dP^T, less delta unless there is dropout: columns of tiles against keys held in tiles.
 template <bool DROPOUT>
 static void score(const TileBuffers& w, const float* key, const float* value, int64_t step, int64_t n) {
-  const int64_t operand = step * n * kOperand;
-  tile_zero<4>(), tile_zero<5>(), tile_zero<6>(), tile_zero<7>();
-  finish_score(key, w.query_across + operand, n, w.scores);
-  if constexpr (DROPOUT) {
-    tile_zero<4>(), tile_zero<5>(), tile_zero<6>(), tile_zero<7>();
-  } else {  // the same row sixteen times
-    const float* delta = w.minus_delta + step * kStep;
-    tile_load<4>(delta, 0);
-    tile_load<5>(delta + kLanes, 0);
-    tile_load<6>(delta, 0);
-    tile_load<7>(delta + kLanes, 0);
-  }
-  finish_score(value, w.grad_across + operand, n, w.grad_p);
+  const int64_t queries = step * n * kOperand;
+  const float* start = DROPOUT ? kZeros : w.minus_delta + step * kStep;
+  Nothing nothing;
+  for (int64_t i = 0; i < n; i += 2)
+    multiply_tiles<true>({w.query_across + queries + i * kTile, n * kTile, kTile, key + i * kOperand, kTile, kOperand,
+                          w.scores, 2 * kTile, 2}, i > 0, i + 1 < n, nothing);
+  for (int64_t i = 0; i < n; i += 2)
+    multiply_tiles<true>({w.grad_across + queries + i * kTile, n * kTile, kTile, value + i * kOperand, kTile, kOperand,
+                          w.grad_p, 2 * kTile, 2, start, DROPOUT ? 0 : kSide}, i > 0, i + 1 < n, nothing);
 }
+
+// --- rows ahead ----------------------------------------------------------------------------------------------------
+
+// Rows to be read or written later. They lie apart, where the processor does not fetch ahead by itself, and waiting for them is
+// most of what packing and writing cost; so they are asked for in the course of the softmax, whose own data are in the
+// first-level cache, and a few at a time: tiles that products load would wait behind many.
+struct RowsAhead {
+  struct Rows {
+    const bf16* at;
+    int64_t stride, left;
+  } of[12];
+  int now = 0, end = 0;
+  int64_t D, left = 0, each = 0;  // rows; of these at a time
+
+  explicit RowsAhead(int64_t D) : D(D) {}
+  template <class T>
+  void add(const HeadView<T>& x, const AttentionShape& shape, int64_t head, int64_t first, int64_t last) {
+    if (!x.data || first >= last) return;
+    of[end++] = {x.at(head / shape.H, first, head % shape.H), x.time, last - first};
+    left += last - first;
+  }
+  // All, in so many calls of take().
+  void spread(int64_t calls) { each = calls > 0 ? (left + calls - 1) / calls : 0; }
+  void take() {
+    for (int64_t i = each; i > 0 && now < end; --i) {
+      Rows& rows = of[now];
+      for (int64_t d = 0; d < D; d += 32) __builtin_prefetch(rows.at + d, 0, 2);
+      rows.at += rows.stride;
+      if (--rows.left == 0) ++now;
+    }
+  }
+};
 
 // --- softmax -------------------------------------------------------------------------------------------------------
 
@@ -240,7 +247,7 @@ PYGPT_INLINE void softmax_backward_lanes(const AttentionShape& shape, vf& score,
 // to ds_across, if QUERIES.
 template <bool DROPOUT, bool MASKED, bool KEYS, bool QUERIES>
 static void softmax_backward(const AttentionShape& shape, const TileBuffers& w, int64_t step, int64_t key, float* p_to,
-                             float* ds_to, float* across) {
+                             float* ds_to, float* across, RowsAhead& ahead) {
   const int64_t query = step * kStep;
   const vf lse2[2] = {load(w.lse2 + query), load(w.lse2 + query + kLanes)};
   vf minus_delta[2] = {};
@@ -254,6 +261,7 @@ static void softmax_backward(const AttentionShape& shape, const TileBuffers& w, 
     }
   const uint16_t* keep = w.keep + (step % (kBlockQueries / kStep)) * 128 + key % 64;
   for (int r = 0; r < kStep; r += 2, across += kLanes) {
+    ahead.take();
     vf p[2][2], ds[2][2];
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i)
@@ -316,12 +324,16 @@ static void pack_queries_for_tiles(const AttentionShape& shape, const BackwardIn
     for (int64_t r = 0; r < kStep; r += kLanes)
       store(w.minus_delta + first + r, -sums_of_products(out + r * shape.H * D, shape.H * D, grad + r * in.grad.time,
                                                          in.grad.time, rows - r, D));
-    for (int64_t t = first; t < first + kStep; ++t) {
-      const bool present = t < shape.T;
-      w.lse2[t] = present ? in.lse[head * shape.T + t] * kLog2E : 0;
-      w.first_key[t] = static_cast<int32_t>(shape.first_key(head, t));
-      w.end_key[t] = present ? static_cast<int32_t>(shape.end_key(t)) : 0;
-    }
+  }
+}
+
+static void describe_queries(const AttentionShape& shape, const BackwardInputs<bf16>& in, const TileBuffers& w, int64_t head,
+                             Range steps) {
+  for (int64_t t = steps.begin * kStep; t < steps.end * kStep; ++t) {
+    const bool present = t < shape.T;
+    w.lse2[t] = present ? in.lse[head * shape.T + t] * kLog2E : 0;
+    w.first_key[t] = static_cast<int32_t>(shape.first_key(head, t));
+    w.end_key[t] = present ? static_cast<int32_t>(shape.end_key(t)) : 0;
   }
 }
 
@@ -339,7 +351,7 @@ static Range steps_that_see(const AttentionShape& shape, const TileBuffers& w, i
 // first in the buffers.
 template <bool DROPOUT, bool KEYS, bool QUERIES>
 static void backward_row(const AttentionShape& shape, const TileBuffers& w, int64_t key, int64_t row, Range steps,
-                         int64_t block) {
+                         int64_t block, RowsAhead& ahead) {
   const int64_t n = shape.width() / kStep;
   for (int64_t step = steps.begin; step < steps.end; ++step) {
     const int64_t last = smaller(shape.T, (step + 1) * kStep) - 1, at = step - block;
@@ -348,7 +360,7 @@ static void backward_row(const AttentionShape& shape, const TileBuffers& w, int6
     const bool whole = all_seen && (step + 1) * kStep <= shape.T;
     (whole ? softmax_backward<DROPOUT, false, KEYS, QUERIES> : softmax_backward<DROPOUT, true, KEYS, QUERIES>)(
         shape, w, step, key, w.p + at * kOperand, w.ds + at * kOperand,
-        w.ds_across + (at * (kBlockKeys / kStep) + row) * kOperand);
+        w.ds_across + (at * (kBlockKeys / kStep) + row) * kOperand, ahead);
   }
 }
 
@@ -384,9 +396,10 @@ static void pack_keys_for_tiles(const AttentionShape& shape, const BackwardInput
   }
 }
 
-// Adds to dQ what the keys from k0 on contribute, for some steps of queries; see backward_row for `block`.
+// Adds to dQ what the keys from k0 on contribute, for some steps of queries, of which those from `fresh` on have none yet; see
+// backward_row for `block`.
 static void add_query_gradients(const AttentionShape& shape, const TileBuffers& w, int64_t k0, int64_t key_steps,
-                                Range steps, int64_t block) {
+                                Range steps, int64_t block, int64_t fresh) {
   const int64_t n = shape.width() / kStep;
   for (int64_t step = steps.begin; step < steps.end; ++step) {
     const int64_t last = smaller(shape.T, (step + 1) * kStep) - 1;
@@ -395,8 +408,14 @@ static void add_query_gradients(const AttentionShape& shape, const TileBuffers& 
     const float* ds = w.ds_across + ((step - block) * (kBlockKeys / kStep) + from) * kOperand;
     for (int64_t i = 0; from < end && i < n; ++i)
       add_product(w.key_across + (i * (kBlockKeys / kStep) + from) * kOperand, kOperand, ds, kOperand, end - from,
-                  w.grad_q + (step * n + i) * kResult);
+                  w.grad_q + (step * n + i) * kResult, step >= fresh);
   }
+}
+
+// Up to which of some steps of queries none sees a key from `key` on, or none of those before `end`.
+static int64_t finished_steps(const AttentionShape& shape, Range steps, int64_t key, int64_t end) {
+  const int64_t queries = larger(0, key - (shape.S - shape.T));  // the first that see none
+  return key >= end || queries >= shape.T ? steps.end : smaller(steps.end, queries / kStep);
 }
 
 // dK and dV of `keys`, if KEYS, from the queries of `steps`; dQ of those, if QUERIES, from these keys.
@@ -404,16 +423,48 @@ template <bool DROPOUT, bool KEYS, bool QUERIES>
 static void backward_head(const AttentionShape& shape, const BackwardInputs<bf16>& in, const BackwardOutputs<bf16>& out,
                           const TileBuffers& w, int64_t head, Range keys, Range steps) {
   const int64_t b = head / shape.H, h = head % shape.H, D = shape.D, n = shape.width() / kStep;
+  const HeadView<const bf16> attended = {in.out, shape.T * shape.H * D, shape.H * D, D};
   constexpr int64_t most = kBlockQueries / kStep;
-  std::memset(w.grad_q + steps.begin * n * kResult, 0, (steps.end - steps.begin) * n * kResult * sizeof(float));
+  int64_t packed = steps.begin, written = steps.begin;  // up to which the queries are, and dQ is
+  describe_queries(shape, in, w, head, steps);
   for (int64_t k0 = keys.begin; k0 < keys.end; k0 += kBlockKeys) {
     const int64_t count = smaller(kBlockKeys, keys.end - k0), key_steps = (count + kStep - 1) / kStep;
     pack_keys_for_tiles<QUERIES>(shape, in, w, head, k0, key_steps);
-    std::memset(w.grad_k, 0, key_steps * n * kResult * sizeof(float));
-    std::memset(w.grad_v, 0, key_steps * n * kResult * sizeof(float));
+    bool begun[kBlockKeys / kStep] = {};  // dK and dV
     const Range seeing = steps_that_see(shape, w, k0, count, steps);
     for (int64_t block = seeing.begin / most * most; block < seeing.end; block += most) {
       const Range within = {larger(block, seeing.begin), smaller(block + most, seeing.end)};
+      const int64_t fresh = packed, finished = finished_steps(shape, within, k0 + count, keys.end);
+      RowsAhead ahead(D);
+      if (packed < within.end) {
+        pack_queries_for_tiles(shape, in, w, head, {larger(packed, within.begin), within.end});
+        packed = within.end;
+        const int64_t first = packed * kStep, last = smaller(first + kBlockQueries, smaller(steps.end * kStep, shape.T));
+        ahead.add(in.q, shape, head, first, last);
+        ahead.add(in.grad, shape, head, first, last);
+        ahead.add(attended, shape, head, first, last);
+      }
+      ahead.add(out.q, shape, head, written * kStep, smaller(finished * kStep, shape.T));
+      if (within.end == seeing.end) {
+        const int64_t next = k0 + kBlockKeys, last = smaller(next + kBlockKeys, keys.end);
+        ahead.add(in.k, shape, head, next, last);
+        ahead.add(in.v, shape, head, next, last);
+        ahead.add(out.k, shape, head, k0, k0 + count);
+        ahead.add(out.v, shape, head, k0, k0 + count);
+      } else if (KEYS && QUERIES && (keys.end - k0 - 1) / kBlockKeys == 1 && head + 1 < shape.B * shape.H) {
+        const int64_t last = smaller(kBlockQueries, shape.T);
+        ahead.add(in.q, shape, head + 1, 0, last);
+        ahead.add(in.grad, shape, head + 1, 0, last);
+        ahead.add(attended, shape, head + 1, 0, last);
+        ahead.add(in.k, shape, head + 1, 0, smaller(kBlockKeys, shape.S));
+        ahead.add(in.v, shape, head + 1, 0, smaller(kBlockKeys, shape.S));
+      }
+      int64_t pairs = 0;  // of 32 keys and 32 queries
+      for (int64_t j = 0; j < key_steps; ++j) {
+        const Range some = steps_that_see(shape, w, k0 + j * kStep, kStep, within);
+        pairs += larger(0, some.end - some.begin);
+      }
+      ahead.spread(pairs * (kStep / 2));
       for (int64_t j = 0; j < key_steps; ++j) {
         const int64_t key = k0 + j * kStep;
         if (DROPOUT && key % 64 == 0) {
@@ -423,26 +474,29 @@ static void backward_head(const AttentionShape& shape, const BackwardInputs<bf16
         }
         const Range some = steps_that_see(shape, w, key, kStep, within);
         if (some.begin >= some.end) continue;
-        backward_row<DROPOUT, KEYS, QUERIES>(shape, w, key, j, some, block);
+        backward_row<DROPOUT, KEYS, QUERIES>(shape, w, key, j, some, block, ahead);
         for (int64_t i = 0; KEYS && i < n; ++i) {
           const int64_t at = (some.begin - block) * kOperand, queries = (some.begin * n + i) * kOperand;
           const int64_t depth = some.end - some.begin, to = (j * n + i) * kResult;
-          add_product(w.p + at, kOperand, w.grad + queries, n * kOperand, depth, w.grad_v + to);
-          add_product(w.ds + at, kOperand, w.query + queries, n * kOperand, depth, w.grad_k + to);
+          add_product(w.p + at, kOperand, w.grad + queries, n * kOperand, depth, w.grad_v + to, !begun[j]);
+          add_product(w.ds + at, kOperand, w.query + queries, n * kOperand, depth, w.grad_k + to, !begun[j]);
         }
+        begun[j] = true;
       }
-      if (QUERIES) add_query_gradients(shape, w, k0, key_steps, within, block);
+      if (QUERIES) add_query_gradients(shape, w, k0, key_steps, within, block, fresh);
+      for (; QUERIES && written < finished; ++written) {
+        const int64_t query = written * kStep, rows = smaller(kStep, shape.T - query);
+        store_result_rows<true>(w.grad_q + written * n * kResult, rows, D, shape.scale, out.q.at(b, query, h), out.q.time);
+      }
     }
     for (int64_t j = 0; KEYS && j < key_steps; ++j) {
       const int64_t key = k0 + j * kStep, rows = smaller(kStep, shape.S - key), from = j * n * kResult;
+      if (!begun[j])  // no query sees these keys
+        for (float* grad : {w.grad_k, w.grad_v}) std::memset(grad + from, 0, n * kResult * sizeof(float));
       const float keep = shape.dropout.on ? shape.dropout.inverse_keep : 1.0f;
       store_result_rows<false>(w.grad_k + from, rows, D, shape.scale, out.k.at(b, key, h), out.k.time);
       store_result_rows<false>(w.grad_v + from, rows, D, keep, out.v.at(b, key, h), out.v.time);
     }
-  }
-  for (int64_t step = steps.begin; QUERIES && step < steps.end; ++step) {
-    const int64_t query = step * kStep, rows = smaller(kStep, shape.T - query);
-    store_result_rows<true>(w.grad_q + step * n * kResult, rows, D, shape.scale, out.q.at(b, query, h), out.q.time);
   }
 }
 
@@ -458,7 +512,6 @@ void attention_backward(const AttentionShape& shape, const BackwardInputs<T>& in
                         smaller(query_blocks.end, shape.end_query_block(head, key_blocks.end - 1))};
   const int64_t all_steps = (shape.T + kStep - 1) / kStep;
   const Range seeing_steps = {seeing.begin * per_block, smaller(all_steps, seeing.end * per_block)};
-  pack_queries_for_tiles(shape, in, w, head, seeing_steps);
   const Range query_steps = {query_blocks.begin * per_block, smaller(all_steps, query_blocks.end * per_block)};
   if (!out.q.data)
     (shape.dropout.on ? backward_head<true, true, false> : backward_head<false, true, false>)(shape, in, out, w, head,

@@ -9,8 +9,11 @@ constexpr int64_t kGroups = kBlock / kQueries, kKeyTiles = kBlock / kSide, kKeyS
 
 // --- products ------------------------------------------------------------------------------------------------------
 
+alignas(64) static const float kZeros[kSide] = {};
+
 // c = a b, or with ADD c += a b, in tiles: c is (rows x 2), a (rows x slices) and b (slices x 2), with one or TWO slices.
-// Columns of b and of c, the halves of the queries, lie apart, rows of c one after another.
+// Columns of b and of c, the halves of the queries, lie apart, rows of c one after another. With SWAP c = b a instead: c is
+// (2 x rows), a (slices x rows) and b (2 x slices).
 struct TileProduct {
   const float* a;
   int64_t a_row, a_slice;  // from one row, or from one slice, to the next
@@ -18,6 +21,8 @@ struct TileProduct {
   int64_t b_half, b_slice;
   float* c;
   int64_t c_half, rows;
+  const float* start = kZeros;  // without ADD, what a row of c's tiles is before the sum; from one row of tiles to the next
+  int64_t start_row = 0;
 };
 
 // Other work of a product's time: take() does a part, twice a row. This is none.
@@ -25,35 +30,40 @@ struct Nothing {
   void take() {}
 };
 
-alignas(64) static const float kZeros[kSide] = {};
-
 // A new value, not tilezero, which waits for the last product into this tile.
 template <int TILE, bool ADD>
-PYGPT_INLINE void start_sum(const float* c) {
-  ADD ? tile_load<TILE>(c, 64) : tile_load<TILE>(kZeros, 0);
+PYGPT_INLINE void start_sum(const float* c, const float* start) {
+  ADD ? tile_load<TILE>(c, 64) : tile_load<TILE>(start, 0);
+}
+
+template <bool SWAP, int C, int A, int B>
+PYGPT_INLINE void dot() {
+  SWAP ? tile_dot_bf16<C, B, A>() : tile_dot_bf16<C, A, B>();
 }
 
 // A row of c to tiles X and Y; of the row before, which is in Y and Z, the tiles are stored meanwhile: stores that wait for
 // their product would fill the window in which the processor looks for other work. Tiles 0 to 3 hold b.
-template <int X, int Y, int Z, bool FIRST, bool ADD, bool TWO, class Work>
-PYGPT_INLINE void multiply_row(const float* a, int64_t a_slice, float* c, int64_t c_half, Work& work) {
+template <int X, int Y, int Z, bool FIRST, bool ADD, bool TWO, bool SWAP, class Work>
+PYGPT_INLINE void multiply_row(const TileProduct& p, int64_t row, Work& work) {
+  const float *a = p.a + row * p.a_row, *start = p.start + row * p.start_row;
+  float* c = p.c + row * kTile;
   tile_load_once<4>(a, 64);
-  start_sum<X, ADD>(c);
-  tile_dot_bf16<X, 4, 0>();
+  start_sum<X, ADD>(c, start);
+  dot<SWAP, X, 4, 0>();
   if constexpr (!FIRST) tile_store<Y>(c - kTile, 64);
-  start_sum<Y, ADD>(c + c_half);
-  tile_dot_bf16<Y, 4, 2>();
+  start_sum<Y, ADD>(c + p.c_half, start);
+  dot<SWAP, Y, 4, 2>();
   work.take();
   if constexpr (TWO) {
-    tile_load_once<4>(a + a_slice, 64);
-    tile_dot_bf16<X, 4, 1>();
+    tile_load_once<4>(a + p.a_slice, 64);
+    dot<SWAP, X, 4, 1>();
   }
-  if constexpr (!FIRST) tile_store<Z>(c - kTile + c_half, 64);
-  if constexpr (TWO) tile_dot_bf16<Y, 4, 3>();
+  if constexpr (!FIRST) tile_store<Z>(c - kTile + p.c_half, 64);
+  if constexpr (TWO) dot<SWAP, Y, 4, 3>();
   work.take();
 }
 
-template <bool ADD, bool TWO, class Work>
+template <bool ADD, bool TWO, bool SWAP, class Work>
 PYGPT_INLINE void multiply_tiles(const TileProduct& p, Work& work) {
   tile_load<0>(p.b, 64);
   tile_load<2>(p.b + p.b_half, 64);
@@ -61,30 +71,35 @@ PYGPT_INLINE void multiply_tiles(const TileProduct& p, Work& work) {
     tile_load<1>(p.b + p.b_slice, 64);
     tile_load<3>(p.b + p.b_slice + p.b_half, 64);
   }
-  const float* a = p.a;
-  float* c = p.c;
-  int64_t left = p.rows;
-  for (; left >= 4; left -= 4, a += 4 * p.a_row, c += 4 * kTile) {
-    multiply_row<5, 6, 7, true, ADD, TWO>(a, p.a_slice, c, p.c_half, work);
-    multiply_row<7, 5, 6, false, ADD, TWO>(a + p.a_row, p.a_slice, c + kTile, p.c_half, work);
-    multiply_row<6, 7, 5, false, ADD, TWO>(a + 2 * p.a_row, p.a_slice, c + 2 * kTile, p.c_half, work);
-    multiply_row<5, 6, 7, false, ADD, TWO>(a + 3 * p.a_row, p.a_slice, c + 3 * kTile, p.c_half, work);
-    tile_store<5>(c + 3 * kTile, 64);
-    tile_store<6>(c + 3 * kTile + p.c_half, 64);
+  int64_t row = 0;
+  for (; row + 4 <= p.rows; row += 4) {
+    multiply_row<5, 6, 7, true, ADD, TWO, SWAP>(p, row, work);
+    multiply_row<7, 5, 6, false, ADD, TWO, SWAP>(p, row + 1, work);
+    multiply_row<6, 7, 5, false, ADD, TWO, SWAP>(p, row + 2, work);
+    multiply_row<5, 6, 7, false, ADD, TWO, SWAP>(p, row + 3, work);
+    tile_store<5>(p.c + (row + 3) * kTile, 64);
+    tile_store<6>(p.c + (row + 3) * kTile + p.c_half, 64);
   }
-  for (; left > 0; --left, a += p.a_row, c += kTile) {
-    multiply_row<5, 6, 7, true, ADD, TWO>(a, p.a_slice, c, p.c_half, work);
-    tile_store<5>(c, 64);
-    tile_store<6>(c + p.c_half, 64);
+  if (row + 2 <= p.rows) {
+    multiply_row<5, 6, 7, true, ADD, TWO, SWAP>(p, row, work);
+    multiply_row<7, 5, 6, false, ADD, TWO, SWAP>(p, row + 1, work);
+    tile_store<7>(p.c + (row + 1) * kTile, 64);
+    tile_store<5>(p.c + (row + 1) * kTile + p.c_half, 64);
+    row += 2;
+  }
+  for (; row < p.rows; ++row) {
+    multiply_row<5, 6, 7, true, ADD, TWO, SWAP>(p, row, work);
+    tile_store<5>(p.c + row * kTile, 64);
+    tile_store<6>(p.c + row * kTile + p.c_half, 64);
   }
 }
 
-template <class Work>
+template <bool SWAP = false, class Work>
 PYGPT_INLINE void multiply_tiles(const TileProduct& p, bool add, bool two, Work& work) {
   if (add)
-    two ? multiply_tiles<true, true>(p, work) : multiply_tiles<true, false>(p, work);
+    two ? multiply_tiles<true, true, SWAP>(p, work) : multiply_tiles<true, false, SWAP>(p, work);
   else
-    two ? multiply_tiles<false, true>(p, work) : multiply_tiles<false, false>(p, work);
+    two ? multiply_tiles<false, true, SWAP>(p, work) : multiply_tiles<false, false, SWAP>(p, work);
 }
 
 // --- softmax -------------------------------------------------------------------------------------------------------
