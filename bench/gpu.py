@@ -18,14 +18,11 @@ import argparse
 import faulthandler
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import itertools
 import json
 import math
 import os
-import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -45,6 +42,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+from gpu_report import markdown, read, versions, write
 
 import pygpt
 from pygpt import GPT, GPTConfig, ops
@@ -465,43 +464,7 @@ def gpt2_rows(bench: Bench, what: str, B: int, T: int) -> None:
         bench.row(f"GPT-2 124M {what}", f"B {B}, T {T}, bf16", name, make, "tokens/s", B * T)
 
 
-# --- report ------------------------------------------------------------------------------------------------------
-
-
-def versions(device: torch.device) -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": torch.__version__, "pygpt": pygpt.__version__}
-    packages = importlib.metadata.packages_distributions()  # Triton comes under several names
-    for module in ("triton", "transformers", "liger_kernel", "flash_attn"):
-        if module in packages:
-            found[module] = importlib.metadata.version(packages[module][0])
-    if device.type == "cuda":
-        found["device"] = torch.cuda.get_device_name()
-        found["cuda"], found["capability"] = (
-            str(torch.version.cuda),
-            "{}.{}".format(*torch.cuda.get_device_capability()),
-        )
-        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
-        found["driver, clock, power"] = "nvidia-smi is not there"
-        if shutil.which(query[0]):
-            answer = subprocess.run(query, capture_output=True, text=True)
-            found["driver, clock, power"] = answer.stdout.strip().split("\n")[0] or "nvidia-smi did not answer"
-    return found
-
-
-def markdown(rows: list[dict[str, Any]], about: dict[str, str]) -> str:
-    lines = ["# GPU figures", "", ", ".join(f"{k} {v}" for k, v in about.items()), ""]
-    for op in dict.fromkeys(row["op"] for row in rows):
-        lines += [f"## {op}", "", "| case | who | ms | figure | of copy | peak MiB |", "|---|---|---|---|---|---|"]
-        for row in (row for row in rows if row["op"] == op):
-            if "problem" in row:
-                lines.append(f"| {row['case']} | {row['who']} | | {row['problem'].replace('|', '/')} | | |")
-                continue
-            share = f"{row['of copy']:.0%}" if "of copy" in row else ""
-            memory = f"{row['peak MiB']:.0f}" if "peak MiB" in row else ""
-            figure = f"{row['value']:.0f} {row['unit']}"
-            lines.append(f"| {row['case']} | {row['who']} | {row['ms']:.3f} | {figure} | {share} | {memory} |")
-        lines.append("")
-    return "\n".join(lines)
+# --- running them -------------------------------------------------------------------------------------------------
 
 
 SECTIONS = (copy, gpt2, attention, linear_cross_entropy, layer_norm, embedding, adamw, gelu)
@@ -523,19 +486,6 @@ def measure(bench: Bench, only: list[str]) -> None:
             if not bench.alive():
                 break
     bench.put({"failed": failed})
-
-
-def read(file: Path) -> tuple[list[dict[str, Any]], list[str] | None]:
-    """The rows so far, and once all is measured the names of the sections that failed."""
-    rows: dict[int, dict[str, Any]] = {}
-    failed = None
-    for line in file.read_text().rpartition("\n")[0].splitlines():  # the last line may be half written
-        entry = json.loads(line)
-        if "failed" in entry:
-            failed = entry["failed"]
-        else:
-            rows[entry.pop("index")] = entry
-    return list(rows.values()), failed
 
 
 def supervise(options: argparse.Namespace, about: dict[str, str]) -> list[str]:
@@ -590,13 +540,6 @@ def main() -> None:
     failed = supervise(options, versions(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
     if failed:
         sys.exit(f"bench/gpu.py: failed: {', '.join(failed)}")
-
-
-def write(rows: list[dict[str, Any]], about: dict[str, str], out: Path) -> None:
-    folder = out / about["device"].replace(" ", "_")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "gpu.json").write_text(json.dumps({"versions": about, "rows": rows}, indent=1) + "\n")
-    (folder / "gpu.md").write_text(markdown(rows, about))
 
 
 if __name__ == "__main__":

@@ -165,6 +165,7 @@ def compare(op: Operators, *arguments: Any, forward: bool = True, backward: bool
 SHAPES = [
     (1, 65, 65, 1, 64),
     (1, 129, 129, 2, 64),
+    (1, 140, 140, 3, 40),  # two blocks of each head, heads in sections of two and of one
     (1, 70, 1100, 1, 64),
     (1, 1100, 1100, 1, 64),
     (1, 540, 540, 1, 128),

@@ -495,6 +495,19 @@ def test_cross_entropy_rows(V, dtype):
     cross_entropy_rows_case(kce.cross_entropy_rows_, V, dtype, DEVICE)
 
 
+def test_cross_entropy_rows_with_room_between_them():
+    wide = torch.full((9, 1088), 7.0, dtype=BF16, device=DEVICE)
+
+    def rows_(logits, *arguments):
+        wide[:, :1025] = logits
+        losses = kce.cross_entropy_rows_(wide[:, :1025], *arguments)
+        logits.copy_(wide[:, :1025])
+        return losses
+
+    cross_entropy_rows_case(rows_, 1025, BF16, DEVICE)
+    assert (wide[:, 1025:] == 7.0).all()
+
+
 def test_cross_entropy_rows_of_float16_and_odd_targets():
     logits, targets = draw(3, 40, dtype=F16), torch.tensor([0, 40, -1], device=DEVICE)
     (expected,) = reference(logits[:1])

@@ -412,10 +412,9 @@ static void add_query_gradients(const AttentionShape& shape, const TileBuffers& 
   }
 }
 
-// Up to which of some steps of queries none sees a key from `key` on, or none of those before `end`.
+// The end of those steps of queries that none of the keys key .. end - 1, the ones still to come, adds to.
 static int64_t finished_steps(const AttentionShape& shape, Range steps, int64_t key, int64_t end) {
-  const int64_t queries = larger(0, key - (shape.S - shape.T));  // the first that see none
-  return key >= end || queries >= shape.T ? steps.end : smaller(steps.end, queries / kStep);
+  return key >= end ? steps.end : smaller(steps.end, larger(0, key - (shape.S - shape.T)) / kStep);
 }
 
 // dK and dV of `keys`, if KEYS, from the queries of `steps`; dQ of those, if QUERIES, from these keys.
@@ -451,7 +450,8 @@ static void backward_head(const AttentionShape& shape, const BackwardInputs<bf16
         ahead.add(in.v, shape, head, next, last);
         ahead.add(out.k, shape, head, k0, k0 + count);
         ahead.add(out.v, shape, head, k0, k0 + count);
-      } else if (KEYS && QUERIES && (keys.end - k0 - 1) / kBlockKeys == 1 && head + 1 < shape.B * shape.H) {
+      } else if (  // the next head's, while the last block of keys but one has queries to go
+          KEYS && QUERIES && (keys.end - k0 - 1) / kBlockKeys == 1 && head + 1 < shape.B * shape.H) {
         const int64_t last = smaller(kBlockQueries, shape.T);
         ahead.add(in.q, shape, head + 1, 0, last);
         ahead.add(in.grad, shape, head + 1, 0, last);

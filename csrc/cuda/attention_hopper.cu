@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward(const __grid_constant__ H
   int own = 0, n = 0;  // of the rings: tiles of queries, and of keys and values, that have gone through
   if (threadIdx.x < kGroup) {
     ptx::registers_give_back<kLoadRegisters>();
-    for (int item = blockIdx.x; threadIdx.x == 0 && item < items; item += gridDim.x) {
+    for (int round = 0, item; threadIdx.x == 0 && (item = item_of(round)) < items; ++round) {
       const auto [head, b, h, first, begin, tiles] = query_work(p, item);
       queries.load(own++, arguments.q, first, b, h);
       for (int tile = begin; tile < begin + tiles; ++tile, ++n) {
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward(const __grid_constant__ H
   ptx::registers_take<kComputeRegisters>();
   const int group = own_group(), lane = threadIdx.x % kWarp;
   const uint64_t seed = kDropout ? static_cast<uint64_t>(*p.dropout.seed) : 0;
-  for (int item = blockIdx.x; item < items; item += gridDim.x, ++own, ++n) {
+  for (int round = 0, item; (item = item_of(round)) < items; ++round, ++own, ++n) {
     const auto [head, b, h, first, begin, tiles] = query_work(p, item);
     const int row = first + group * 64 + threadIdx.x % kGroup / kWarp * 16;
     Rows rows(p, b, row);

@@ -64,15 +64,20 @@ constexpr int kTileKeys = 128;  // of a step over keys
 template <class T, int D>
 using KeyRing = Ring<T, D, kTileKeys, D == 64 ? 4 : 2>;
 
-// A block of the grid takes every gridDim.x-th of these, so that the tiles of the next arrive while the sums of the last are
+// A block of the grid takes one of these in each round, so that the tiles of the next arrive while the sums of the last are
 // written: 128 rows of a head, the first of them `first`, and the tiles that they are multiplied with.
 struct Work {
   int head, b, h, first, begin, tiles;
 };
 
+// Work comes longest first: with every other round reversed no block always takes the longer ones.
+__device__ inline int item_of(int round) {
+  return round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+}
+
 __device__ inline int blocks_of_head(int rows) { return (rows + kBlockRows - 1) / kBlockRows; }
 
-// Queries, and the tiles of keys that they see. Those with the most keys come first.
+// Queries, and the tiles of keys that they see. Within a section those with the most keys come first.
 __device__ inline Work query_work(const Attention& p, int item) {
   const int blocks = blocks_of_head(p.T), shift = p.S - p.T;
   const auto [head, b, h, nth] = place(p, item, blocks);

@@ -114,7 +114,7 @@ struct OwnKeys {
   }
 };
 
-// Keys, and the tiles of queries that see them, none where no query does. Those with the most queries come first.
+// Keys, and the tiles of queries that see them, none where no query does. Within a section those with the most queries come first.
 template <int Q>
 __device__ Work key_work(const Attention& p, int item) {
   const auto [head, b, h, nth] = place(p, item, blocks_of_head(p.S));
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, 1) grad_keys(const __grid_constant__
   int own = 0, n = 0;  // of the rings: tiles of keys and values, and of queries and gradients, that have gone through
   if (threadIdx.x < kGroup) {
     ptx::registers_give_back<kFillRegisters>();
-    for (int item = blockIdx.x; item < items; item += gridDim.x) {
+    for (int round = 0, item; (item = item_of(round)) < items; ++round) {
       const auto [head, b, h, first, begin, tiles] = key_work<Q>(p, item);
       if (tiles <= 0) continue;
       if (threadIdx.x == 0) {
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, 1) grad_keys(const __grid_constant__
   }
   ptx::registers_take<kSumRegisters>();
   const int group = own_group();
-  for (int item = blockIdx.x; item < items; item += gridDim.x) {
+  for (int round = 0, item; (item = item_of(round)) < items; ++round) {
     const auto [head, b, h, first, begin, tiles] = key_work<Q>(p, item);
     const OwnKeys rows(p, b, first + group * 64 + threadIdx.x % kGroup / kWarp * 16);
     float grad_k[D / 8][4] = {}, grad_v[D / 8][4] = {}, s[Q / 8][4], d[Q / 8][4];
@@ -311,7 +311,7 @@ __global__ void __launch_bounds__(kThreads, 1) grad_queries(const __grid_constan
   int own = 0, n = 0;  // of the rings: tiles of queries and gradients, and of keys and values, that have gone through
   if (threadIdx.x < kGroup) {
     ptx::registers_give_back<kLoadRegisters>();
-    for (int item = blockIdx.x; threadIdx.x == 0 && item < items; item += gridDim.x, ++own) {
+    for (int round = 0, item; threadIdx.x == 0 && (item = item_of(round)) < items; ++round, ++own) {
       const auto [head, b, h, first, begin, tiles] = query_work(p, item);
       queries.load(own, arguments.q, first, b, h);
       grads.load(own, arguments.grad, first, b, h);
@@ -325,7 +325,7 @@ __global__ void __launch_bounds__(kThreads, 1) grad_queries(const __grid_constan
   ptx::registers_take<kComputeRegisters>();
   const int group = own_group();
   const uint64_t seed = kDropout ? static_cast<uint64_t>(*p.dropout.seed) : 0;
-  for (int item = blockIdx.x; item < items; item += gridDim.x, ++own, ++n) {
+  for (int round = 0, item; (item = item_of(round)) < items; ++round, ++own, ++n) {
     const auto [head, b, h, first, begin, tiles] = query_work(p, item);
     const OwnQueries rows(p, b, head, first + group * 64 + threadIdx.x % kGroup / kWarp * 16);
     const T *q = queries.tile(own) + group * 64 * kRowElements, *grad = grads.tile(own) + group * 64 * kRowElements;

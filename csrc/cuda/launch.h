@@ -13,7 +13,7 @@ namespace pygpt::cuda {
 // Where a launcher puts its work, and what an error message calls it.
 struct Launch {
   cudaStream_t stream;
-  int multiprocessors, l2_bytes;
+  int multiprocessors;
   std::string what;  // op and shape
 };
 

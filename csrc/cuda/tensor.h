@@ -39,12 +39,11 @@ class __attribute__((visibility("hidden"))) OnDevice : public Launch {
  public:
   const int device;
 
-  OnDevice(const char* op, const Tensor& x) : Launch{nullptr, 0, 0, shape_text(op, x)}, device(device_of(x)), guard_(device) {
+  OnDevice(const char* op, const Tensor& x) : Launch{nullptr, 0, shape_text(op, x)}, device(device_of(x)), guard_(device) {
     void* current = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
     stream = static_cast<cudaStream_t>(current);
     check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), *this);
-    check(cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, device), *this);
   }
 
  private:

@@ -127,9 +127,9 @@ def _rows(logits: Tensor, targets: Tensor, ignore_index: int, factor: Tensor | N
     if factor is None:
         return losses, logits, None
     grad = log_p.exp_().scatter_add_(1, at, log_p.new_full((), -1).expand_as(at)).mul_(valid.unsqueeze(1))
-    # In place on a GPU, where the rows of logits begin where the products want them to. Times 1 / count float16 could not
-    # hold the gradients.
-    return losses, logits.copy_(grad) if logits.is_cuda else grad.to(logits.dtype), factor
+    # In place where the rows of logits begin where a GPU's products want them to.
+    grad = grad.to(logits.dtype) if logits.is_contiguous() else logits.copy_(grad)
+    return losses, grad, factor  # times 1 / count float16 could not hold it
 
 
 def _rows_compiled(logits: Tensor, targets: Tensor, ignore_index: int, factor: Tensor | None) -> Rows:

@@ -106,15 +106,16 @@ def _whole_tiles(size: int) -> int:
 
 def _by_whole_tiles(a: Tensor, b: Tensor) -> Tensor:
     """a @ b.T where a vocabulary's odd size would take it off cuBLAS's fast path, which wants rows at multiples of 16 bytes
-    and whole tiles: GPT-2's 50,257 took two thirds of a training step on an H100 (bench/LOG.md)."""
+    and whole tiles: products with GPT-2's 50,257 took half of a training step on an H100 (bench/LOG.md)."""
     (N, K), M = b.shape, a.shape[0]
     k = _whole_tiles(K)
     out = a.new_empty(M, -(-N // TILE) * TILE)[:, :N]
     for part, of_b in zip(out.tensor_split([_whole_tiles(N)], 1), b.tensor_split([_whole_tiles(N)]), strict=True):
         if part.shape[1]:
-            torch.mm(a[:, :k], of_b[:, :k].t(), out=part)
-            if k < K:
-                part.addmm_(a[:, k:], of_b[:, k:].t())
+            if k == K:
+                torch.mm(a, of_b.t(), out=part)
+            else:  # the small part first: its rounding is small too
+                torch.mm(a[:, k:], of_b[:, k:].t(), out=part).addmm_(a[:, :k], of_b[:, :k].t())
     return out
 
 

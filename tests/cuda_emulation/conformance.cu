@@ -78,7 +78,7 @@ __global__ void exp2_kernel(const float* x, float* y, int count) {
 template <class... Parameters>
 int run(void (*kernel)(Parameters...), int threads, size_t shared, std::type_identity_t<Parameters>... arguments) {
   try {
-    launch({nullptr, 1, 0, "conformance"}, kernel, 1, threads, shared, arguments...);
+    launch({nullptr, 1, "conformance"}, kernel, 1, threads, shared, arguments...);
     return 0;
   } catch (const std::runtime_error& error) {
     fprintf(stderr, "%s\n", error.what());

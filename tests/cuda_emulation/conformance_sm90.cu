@@ -149,7 +149,7 @@ __global__ void columns_kernel(const T* a, const __grid_constant__ TensorMap b_m
   write_down(d, out);
 }
 
-const Launch kAt{nullptr, 1, 0, "conformance"};
+const Launch kAt{nullptr, 1, "conformance"};
 
 TensorMap matrix(DType dtype, const void* data, int rows, int columns) {
   const uint64_t bytes = columns * 2;

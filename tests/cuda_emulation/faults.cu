@@ -358,7 +358,7 @@ int main(int argc, char** argv) {
     const bool product = fault.threads == kProductThreads;
     input_map = {reinterpret_cast<unsigned char*>(in.data()), {64, 3, 1, 1}, {128, 384, 384}, {64, product ? 16u : 3u, 1, 1}};
     try {
-      launch({nullptr, 1, 0, fault.name}, strcmp(argv[2], "planted") == 0 ? fault.planted : fault.right, 1, fault.threads,
+      launch({nullptr, 1, fault.name}, strcmp(argv[2], "planted") == 0 ? fault.planted : fault.right, 1, fault.threads,
              fault.shared, in.data(), out.data());
     } catch (const std::runtime_error& error) {
       fprintf(stderr, "%s\n", error.what());

@@ -15,7 +15,7 @@ namespace {
 
 using namespace pygpt::cuda;
 
-const Launch kAt{nullptr, 2, 200'000, "run_kernels"};
+const Launch kAt{nullptr, 2, "run_kernels"};
 
 // Random finite values of any element type.
 template <class T>
@@ -85,7 +85,7 @@ void attention(DType dtype, int B, int T_, int S, int H, int D, bool dropout, in
               .q = heads(q, T_), .k = heads(k, S), .v = heads(v, S), .out = heads(out, T_), .lse = lse.data, .splits = 1,
               .partial_out = nullptr, .partial_lse = nullptr, .grad = heads(grad, T_), .grad_q = heads(grad_q, T_),
               .grad_k = heads(grad_k, S), .grad_v = heads(grad_v, S), .delta = delta.data};
-  p.section = heads_in_section(p, kAt.l2_bytes);
+  p.section = heads_in_section(p, 200'000);
   attention_delta(p, kAt);
   p.splits = attention_splits(p, kAt.multiprocessors);
   Buffer<float> partial_out(p.splits * queries), partial_lse(p.splits * rows);
