@@ -46,7 +46,7 @@ STABLE_TORCH_LIBRARY(pygpt, m) {
   m.def(
       "causal_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, "
       "float dropout_p, Tensor? seed, Tensor? document_start=None) -> (Tensor, Tensor, Tensor)");
-  // The same for S == T, the gradients in one tensor (B, T, 3, H, D), as a packed projection has q, k and v; on CPUs alone
+  // The same for S == T, the gradients in one tensor (B, T, 3, H, D), as a packed projection has q, k and v
   m.def(
       "causal_attention_backward_packed(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, "
       "float dropout_p, Tensor? seed, Tensor? document_start=None) -> Tensor");

@@ -21,7 +21,10 @@ OPERATORS = {
     "add_layer_norm": ("layer_norm", ("add_layer_norm_forward", "add_layer_norm_backward")),
     "gelu": ("gelu", ("gelu_forward", "gelu_backward", "bias_gelu_forward", "bias_gelu_backward")),
     "linear_cross_entropy": ("cross_entropy", ("cross_entropy_rows_",)),
-    "causal_attention": ("attention", ("causal_attention_forward", "causal_attention_backward")),
+    "causal_attention": (
+        "attention",
+        ("causal_attention_forward", "causal_attention_backward", "causal_attention_backward_packed"),
+    ),
 }
 # Whether Triton answers an op: always, only where nothing else does, or by the operator's arguments.
 Wanted = bool | Callable[..., bool]

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pygpt.kernels.attention_backward import causal_attention_backward as causal_attention_backward
+from pygpt.kernels.attention_backward import causal_attention_backward_packed as causal_attention_backward_packed
 from pygpt.kernels.attention_tile import (
     ANY,
     HOPPER,

@@ -94,7 +94,7 @@ def _grad_q_blocks(
 @triton.jit(do_not_specialize=["T", "S", "threshold", "sections"])
 def _attention_grad_q_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, grad_ptr, lse_ptr, delta_ptr, grad_q_ptr, document_ptr, seed_ptr,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, o_b, o_t, o_h, g_b, g_t, g_h,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, o_b, o_t, o_h, g_b, g_t, g_h, dq_b, dq_t, dq_h,
     B, H, T, S, scale, threshold, keep_scale, sections,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -138,8 +138,8 @@ def _attention_grad_q_kernel(
         seed_ptr, threshold, keep_scale, head, D, BLOCK_D, KEYS, True, PRECISION,
     )  # fmt: skip
     d = column + tl.arange(0, BLOCK_D)
-    out_row = (b * T + row.to(tl.int64)) * H + h
-    tl.store(grad_q_ptr + out_row[:, None] * D + d[None, :], (acc * (scale * LN_2)).to(grad_q_ptr.dtype.element_ty),
+    at = (b * dq_b + h * dq_h + row.to(tl.int64) * dq_t)[:, None] + d[None, :]
+    tl.store(grad_q_ptr + at, (acc * (scale * LN_2)).to(grad_q_ptr.dtype.element_ty),
              mask=(row < T)[:, None] & (d < D)[None, :])  # fmt: skip
 
 
@@ -179,10 +179,11 @@ def _grad_kv_blocks(
 @triton.jit(do_not_specialize=["T", "S", "threshold", "sections"])
 def _attention_grad_kv_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, grad_k_ptr, grad_v_ptr, document_ptr, seed_ptr,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, dk_b, dk_t, dk_h,
     B, H, T, S, scale, threshold, keep_scale, sections,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """grad_k and grad_v, which have the same strides."""
     head, nth = place(sections, B * H, tl.cdiv(S, KEYS))
     first = nth * KEYS  # the first keys are seen by most queries
     b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
@@ -226,7 +227,7 @@ def _attention_grad_kv_kernel(
             D, BLOCK_D, QUERIES, False, PRECISION,
         )  # fmt: skip
     d = column + tl.arange(0, BLOCK_D)
-    at = (((b * S + key.to(tl.int64)) * H + h) * D)[:, None] + d[None, :]
+    at = (b * dk_b + h * dk_h + key.to(tl.int64) * dk_t)[:, None] + d[None, :]
     inside = (key < S)[:, None] & (d < D)[None, :]
     tl.store(grad_k_ptr + at, (grad_k * (scale * LN_2)).to(grad_k_ptr.dtype.element_ty), mask=inside)
     tl.store(grad_v_ptr + at, (grad_v * keep_scale).to(grad_v_ptr.dtype.element_ty), mask=inside)
@@ -240,11 +241,38 @@ def causal_attention_backward(
     if q.shape[3] % 16:
         grads = causal_attention_backward(*padded(grad, q, k, v, out), lse, scale, dropout_p, seed, document_start)
         return tuple(x[..., : q.shape[3]].contiguous() for x in grads)  # type: ignore[return-value]
+    grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
+    _write_gradients(grad_q, grad_k, grad_v, grad, q, k, v, out, lse, scale, dropout_p, seed, document_start)
+    return grad_q, grad_k, grad_v
+
+
+def causal_attention_backward_packed(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, dropout_p: float,
+    seed: Tensor | None, document_start: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The same for S == T, the gradients in one tensor (B, T, 3, H, D)."""
+    B, T, H, D = q.shape
+    if D % 16:
+        packed = causal_attention_backward_packed(
+            *padded(grad, q, k, v, out), lse, scale, dropout_p, seed, document_start
+        )
+        return packed[..., :D].contiguous()
+    packed = q.new_empty(B, T, 3, H, D)
+    _write_gradients(*packed.unbind(2), grad, q, k, v, out, lse, scale, dropout_p, seed, document_start)
+    return packed
+
+
+def _write_gradients(
+    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
+    lse: Tensor, scale: float, dropout_p: float, seed: Tensor | None, document_start: Tensor | None,
+) -> None:  # fmt: skip
+    """The backward operators but for their results' memory, in which grad_k and grad_v have the same strides."""
     grad, q, k, v, out = (unit_last(x) for x in (grad, q, k, v, out))
     (B, T, H, D), S = q.shape, k.shape[1]
-    grad_q, grad_k, grad_v = q.new_empty(B, T, H, D), k.new_empty(B, S, H, D), v.new_empty(B, S, H, D)
     if out.numel() == 0:
-        return grad_q, grad_k.zero_(), grad_v.zero_()
+        grad_k.zero_()
+        grad_v.zero_()
+        return
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
     document_start = None if document_start is None else document_start.contiguous()
@@ -253,11 +281,10 @@ def causal_attention_backward(
     tile = choose(GRAD_Q, q, seed is not None)
     _attention_grad_q_kernel[(B * H * cdiv(T, tile.queries), 1, cdiv(D, block_d(q)))](
         q, k, v, out, grad, lse, delta, grad_q, document_start, seed,
-        *strides(q, k, v, out, grad), *numbers, **shared_options(q, tile),
+        *strides(q, k, v, out, grad, grad_q), *numbers, **shared_options(q, tile),
     )  # fmt: skip
     tile = choose(GRAD_KV, q, seed is not None)
     _attention_grad_kv_kernel[(B * H * cdiv(S, tile.keys), 1, cdiv(D, block_d(q)))](
         q, k, v, grad, lse, delta, grad_k, grad_v, document_start, seed,
-        *strides(q, k, v, grad), *numbers, **shared_options(q, tile),
+        *strides(q, k, v, grad, grad_k), *numbers, **shared_options(q, tile),
     )  # fmt: skip
-    return grad_q, grad_k, grad_v

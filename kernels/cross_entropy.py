@@ -15,29 +15,32 @@ from torch import Tensor
 
 from pygpt.kernels.device import FUSED, up_to
 
-# Vocabulary up to this -> warps, each thread of which has 16 bytes of a tile: GPT-2's rows are 13 tiles in bfloat16. Few rows
+# Vocabulary up to this -> warps, each thread of which has 16 bytes of a tile: GPT-2's rows are 7 tiles in bfloat16. Few rows
 # at a time, so that the second pass finds them in the cache. tests/test_triton_compile.py walks the table.
-WARPS = ((256, 1), (1024, 4), (math.inf, 16))
+WARPS = ((256, 1), (1024, 4), (32768, 16), (math.inf, 32))
+# What the widest blocks may have, lest the compiler spill some to make room for a second block. AMD's has no such option.
+REGISTERS: dict[str, int] = {} if torch.version.hip else {"maxnreg": 64}
 
 
 @triton.jit
-def _add_to_sum(top, total, x):
-    new_top = tl.maximum(top, x)
+def _add_to_sum(top, total, x, LANES: tl.constexpr):
+    """The running maxima and sums of lanes, (LANES,), with as many more values for each: one exponential a value."""
+    x = tl.reshape(x.to(tl.float32), (LANES, x.shape[0] // LANES))
+    new_top = tl.maximum(top, tl.max(x, axis=1))
     origin = tl.where(new_top == float("-inf"), 0.0, new_top)
-    return new_top, total * tl.exp(top - origin) + tl.exp(x - origin)
+    return new_top, total * tl.exp(top - origin) + tl.sum(tl.exp(x - origin[:, None]), axis=1)
 
 
 @triton.jit
-def _gradient(x, at, target, counted, log_total, factor):
-    softmax = tl.exp(x.to(tl.float32) - log_total)
-    return tl.where(counted, (softmax - tl.where(at == target, 1.0, 0.0)) * factor, 0.0).to(x.dtype)
+def _gradient(x, counted, log_total, factor):
+    return tl.where(counted, tl.exp(x.to(tl.float32) - log_total) * factor, 0.0).to(x.dtype)
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
 def _rows_kernel(
     logits_ptr, targets_ptr, loss_ptr, factor_ptr,
     V, stride, ignore_index,
-    BLOCK: tl.constexpr,
+    LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Row i: loss[i] = logsumexp(logits[i]) - logits[i, target]; logits[i] := (softmax - one_hot(target)) * factor."""
     row = tl.program_id(0)
@@ -45,15 +48,15 @@ def _rows_kernel(
     target = tl.load(targets_ptr + row)
     counted = target != ignore_index
     columns = tl.arange(0, BLOCK)
-    top = tl.full([BLOCK], float("-inf"), tl.float32)  # a running maximum and sum for each lane of the block
-    total = tl.zeros([BLOCK], tl.float32)
+    top = tl.full([LANES], float("-inf"), tl.float32)
+    total = tl.zeros([LANES], tl.float32)
     whole = V // BLOCK * BLOCK  # what lies before has no mask: with one, the width of an access depends on V
     for start in range(0, whole, BLOCK):
-        top, total = _add_to_sum(top, total, tl.load(logits_ptr + start + columns).to(tl.float32))
+        top, total = _add_to_sum(top, total, tl.load(logits_ptr + start + columns), LANES)
     rest = whole + columns
     if whole < V:
-        x = tl.load(logits_ptr + rest, mask=rest < V, other=float("-inf")).to(tl.float32)
-        top, total = _add_to_sum(top, total, x)
+        x = tl.load(logits_ptr + rest, mask=rest < V, other=float("-inf"))
+        top, total = _add_to_sum(top, total, x, LANES)
     peak = tl.max(top, axis=0)
     total = tl.sum(total * tl.exp(top - peak), axis=0)
     log_total = peak + tl.log(total)
@@ -63,14 +66,16 @@ def _rows_kernel(
     tl.store(loss_ptr + row, tl.where(counted, log_total - at_target, 0.0))
     if factor_ptr is not None:
         factor = tl.load(factor_ptr)
+        one_less = (tl.exp(at_target - log_total) - 1.0) * factor
         tl.debug_barrier()  # the logit of the target has been read by all before anyone overwrites it
         for start in range(0, whole, BLOCK):
             at = start + columns
-            x = tl.load(logits_ptr + at)
-            tl.store(logits_ptr + at, _gradient(x, at, target, counted, log_total, factor))
+            tl.store(logits_ptr + at, _gradient(tl.load(logits_ptr + at), counted, log_total, factor))
         if whole < V:
             x = tl.load(logits_ptr + rest, mask=rest < V, other=float("-inf"))
-            tl.store(logits_ptr + rest, _gradient(x, rest, target, counted, log_total, factor), mask=rest < V)
+            tl.store(logits_ptr + rest, _gradient(x, counted, log_total, factor), mask=rest < V)
+        tl.debug_barrier()  # all of the softmax is written: what is one less at the target comes after it
+        tl.store(logits_ptr + target, one_less.to(logits_ptr.dtype.element_ty), mask=inside)
 
 
 def cross_entropy_rows_(
@@ -86,6 +91,6 @@ def cross_entropy_rows_(
     if rows:
         _rows_kernel[(rows,)](
             logits, targets.contiguous(), losses, grad_factor, V, logits.stride(0), ignore_index,
-            BLOCK=warps * 32 * 16 // logits.itemsize, num_warps=warps, **FUSED,
+            LANES=warps * 32, BLOCK=warps * 32 * 16 // logits.itemsize, num_warps=warps, **REGISTERS, **FUSED,
         )  # fmt: skip
     return losses

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,17 @@ def assert_close(
     largest = reference.abs().max().clamp(min=floor)
     allowed = TOLERANCE[dtype or actual.dtype] * (reference.abs() + largest)
     assert (error <= allowed).all(), f"{what}: error {error.max().item():.3g} against values up to {largest.item():.3g}"
+
+
+@contextlib.contextmanager
+def new_memory_is_nan() -> Iterator[None]:
+    """What an operator leaves out of its results is NaN."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 # The shapes that every column's tests go over, beside those that their own tiles suggest: sizes 0 and 1, primes, and one

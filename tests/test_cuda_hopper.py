@@ -18,7 +18,7 @@ import torch
 from common import DOCUMENT_CASES, DOCUMENTS, document_starts
 from cuda_emulation import build
 from test_attention import explicit
-from test_cuda_kernels import ATTENTIONS, compare_attention, library
+from test_cuda_kernels import ATTENTIONS, Packed, compare_attention, library
 
 pytestmark = pytest.mark.skipif(bool(build.missing()), reason=build.missing() or "built")
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and shutil.which("nvcc")
@@ -197,6 +197,18 @@ def test_attention_of_views(op, layout):
     else:
         k, v = (random(B, S + 17, H, D, dtype=torch.bfloat16, seed=i)[:, :S] for i in (1, 2))
     compare(op, q, k, v, random(B, T, H, D, dtype=torch.bfloat16, seed=7))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 140, 3, 64), (1, 130, 2, 128), (2, 70, 2, 40)], ids=str)
+def test_attention_with_gradients_side_by_side(op, shape, dtype):
+    B, T, H, D = shape
+    q, k, v = random(B, T, 3, H, D, dtype=dtype).unbind(2)
+    grad = random(*shape, dtype=dtype, seed=7)
+    starts = document_starts([[3, T - 3], [T]][:B])
+    for dropout_p, documents in ((0.0, None), (0.25, None), (0.0, starts)):
+        compare_attention(Packed(op), q, k, v, grad, dropout_p, document_start=documents)
+        assert op.on_hopper == {"forward": True, "backward_packed": True}
 
 
 # The last one has a block of keys that no query sees where the queries are the last 90.

@@ -25,6 +25,7 @@ from common import (
     document_starts,
     double,
     leaf,
+    new_memory_is_nan,
 )
 from cuda_emulation import build
 from test_attention import explicit
@@ -296,6 +297,34 @@ def test_attention_of_views(op, layout, dtype):
     compare_attention(op, q, k, v, random(1, 1, 1, 1, dtype=dtype).expand(q.shape))  # what sum() hands to backward
 
 
+class Packed:
+    """The operators, of attention's backward the packed one."""
+
+    def __init__(self, op: Any) -> None:
+        self.causal_attention_forward = op.causal_attention_forward
+        self.packed = op.causal_attention_backward_packed
+
+    def causal_attention_backward(self, *arguments: Any) -> tuple[torch.Tensor, ...]:
+        with new_memory_is_nan():
+            packed = self.packed(*arguments)
+        B, T, H, D = arguments[1].shape
+        assert packed.shape == (B, T, 3, H, D)
+        assert packed.is_contiguous()
+        return packed.unbind(2)
+
+
+# Rows of 16-byte pieces and others, a sequence within a tile and one of several.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 70, 3, 64), (1, 130, 2, 128), (2, 40, 2, 40), (2, 70, 3, 33)], ids=str)
+def test_attention_with_gradients_side_by_side(op, shape, dtype):
+    B, T, H, D = shape
+    q, k, v = random(B, T, 3, H, D, dtype=dtype).unbind(2)
+    grad = random(*shape, dtype=dtype, seed=7)
+    for dropout_p in (0.0, 0.25):
+        compare_attention(Packed(op), q, k, v, grad, dropout_p)
+    compare_attention(Packed(op), q, k, v, grad, document_start=document_starts([[3, T - 3], [T]][:B]))
+
+
 def test_attention_of_nothing(op):
     for B, T, S, H in [(0, 4, 4, 2), (2, 0, 0, 2), (2, 4, 9, 0), (2, 0, 5, 2)]:
         q, k, v = (random(B, n, H, 16, dtype=torch.bfloat16) for n in (T, S, S))
@@ -304,6 +333,9 @@ def test_attention_of_nothing(op):
         assert out.shape == q.shape
         assert torch.equal(grads[1], torch.zeros_like(k))
         assert torch.equal(grads[2], torch.zeros_like(v))
+        if T == S:
+            packed = op.causal_attention_backward_packed(out, q, k, v, out, lse, 0.25, 0.0, None)
+            assert packed.shape == (B, T, 3, H, 16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -351,6 +383,8 @@ def test_bad_shapes_are_errors_that_name_the_operator(op):
     for starts in (torch.zeros(2, 6), torch.zeros(2, 5).int(), torch.zeros(12).int()):
         with pytest.raises(RuntimeError, match=r"document_start must be int32 \(B, T\)"):
             op.causal_attention_forward(x, x, x, 1.0, 0.0, None, starts)
+    with pytest.raises(RuntimeError, match="causal_attention_backward_packed: q, k and v must have one shape"):
+        op.causal_attention_backward_packed(x[:, :5], x[:, :5], x, x, x[:, :5], torch.zeros(2, 1, 5), 1.0, 0.0, None)
 
 
 def test_a_launch_that_fails_names_the_operator_and_the_shape(op):

@@ -15,6 +15,10 @@ namespace {
 // Views of a packed projection are read in place; only a last stride other than 1 costs a copy.
 Tensor rows(const Tensor& x) { return x.stride(3) == 1 ? x : torch::stable::contiguous(x); }
 
+void check_dimensions(const Tensor& q, const Tensor& k, const Tensor& v, const char* op) {
+  PYGPT_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, op, ": q, k and v must have 4 dimensions");
+}
+
 Heads heads(const Tensor& x) { return {mutable_data(x), x.stride(0), x.stride(1), x.stride(2)}; }
 
 Attention describe(const Tensor& q, const Tensor& k, const Tensor& v, double scale, double dropout_p,
@@ -79,7 +83,7 @@ bool run_on_hopper([[maybe_unused]] const Attention& p, [[maybe_unused]] bool ba
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, double scale, double dropout_p,
                                    std::optional<Tensor> seed, std::optional<Tensor> document_start) {
   const char* op = "causal_attention_forward";
-  PYGPT_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, op, ": q, k and v must have 4 dimensions");
+  check_dimensions(q, k, v, op);
   q = rows(q);
   k = rows(k);
   v = rows(v);
@@ -105,11 +109,13 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, double scale, d
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, double scale,
-                                            double dropout_p, std::optional<Tensor> seed,
-                                            std::optional<Tensor> document_start) {
-  const char* op = "causal_attention_backward";
-  PYGPT_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, op, ": q, k and v must have 4 dimensions");
+struct Gradients {  // of q, k and v; unit stride in the last dimension
+  Tensor q, k, v;
+};
+
+// The backward operators but for their results' memory. q, k and v have 4 dimensions, and their gradients their shapes.
+void fill_gradients(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, double scale, double dropout_p,
+                    const std::optional<Tensor>& seed, std::optional<Tensor> document_start, Gradients grads, const char* op) {
   PYGPT_CHECK(same_shape(grad, q) && same_shape(out, q) && grad.scalar_type() == q.scalar_type() &&
                   out.scalar_type() == q.scalar_type(),
               op, ": grad and out must match q in shape and dtype");
@@ -125,28 +131,48 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor q, Tensor k, Ten
               ": lse must be (B, H, T) float32");
   const OnDevice device(op, q);
   p.section = heads_in_section(p, l2_bytes(device));
-  Tensor grad_q = new_empty(q, {p.B, p.T, p.H, p.D}, q.scalar_type());
-  Tensor grad_k = new_empty(q, {p.B, p.S, p.H, p.D}, q.scalar_type());
-  Tensor grad_v = new_empty(q, {p.B, p.S, p.H, p.D}, q.scalar_type());
   if (lse.numel() == 0) {  // no query: nothing reaches the keys
-    torch::stable::zero_(grad_k);
-    torch::stable::zero_(grad_v);
-    return {grad_q, grad_k, grad_v};
+    torch::stable::zero_(grads.k);
+    torch::stable::zero_(grads.v);
+    return;
   }
   Tensor delta = new_empty(q, {p.B, p.H, p.T}, ScalarType::Float);
   p.out = heads(out);
   p.grad = heads(grad);
   p.lse = mutable_data<float>(lse);
   p.delta = mutable_data<float>(delta);
-  p.grad_q = heads(grad_q);
-  p.grad_k = heads(grad_k);
-  p.grad_v = heads(grad_v);
+  p.grad_q = heads(grads.q);
+  p.grad_k = heads(grads.k);
+  p.grad_v = heads(grads.v);
   attention_delta(p, device);
   if (!attention_on_tensor_cores(p, true))
     attention_plain_backward(p, device);
   else if (!run_on_hopper(p, true, device))
     attention_backward(p, device);
-  return {grad_q, grad_k, grad_v};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, double scale,
+                                            double dropout_p, std::optional<Tensor> seed,
+                                            std::optional<Tensor> document_start) {
+  const char* op = "causal_attention_backward";
+  check_dimensions(q, k, v, op);
+  const auto new_like = [](const Tensor& x) {
+    return new_empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type());
+  };
+  const Gradients grads{new_like(q), new_like(k), new_like(v)};
+  fill_gradients(grad, q, k, v, out, lse, scale, dropout_p, seed, document_start, grads, op);
+  return {grads.q, grads.k, grads.v};
+}
+
+Tensor backward_packed(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, double scale, double dropout_p,
+                       std::optional<Tensor> seed, std::optional<Tensor> document_start) {
+  const char* op = "causal_attention_backward_packed";
+  check_dimensions(q, k, v, op);
+  PYGPT_CHECK(k.size(1) == q.size(1), op, ": q, k and v must have one shape");
+  Tensor packed = new_empty(q, {q.size(0), q.size(1), 3, q.size(2), q.size(3)}, q.scalar_type());
+  const auto part = [&](int64_t i) { return torch::stable::select(packed, 2, i); };
+  fill_gradients(grad, q, k, v, out, lse, scale, dropout_p, seed, document_start, {part(0), part(1), part(2)}, op);
+  return packed;
 }
 
 }  // namespace
@@ -154,6 +180,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor q, Tensor k, Ten
 STABLE_TORCH_LIBRARY_IMPL(pygpt, PYGPT_CUDA_KEY, m) {
   m.impl("causal_attention_forward", TORCH_BOX(&forward));
   m.impl("causal_attention_backward", TORCH_BOX(&backward));
+  m.impl("causal_attention_backward_packed", TORCH_BOX(&backward_packed));
 }
 
 }  // namespace pygpt::cuda

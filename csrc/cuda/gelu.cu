@@ -14,6 +14,7 @@
 #include "cuda/partials.h"
 #include "cuda/ptx.h"
 #include "cuda/shared.h"
+#include "cuda/warp.h"
 
 namespace pygpt::cuda {
 namespace {
@@ -104,7 +105,7 @@ __global__ void __launch_bounds__(kThreads) backward(Gelu p) {
 template <class T>
 __global__ void __launch_bounds__(kPartialThreads) finish_bias(Gelu p, int64_t partials) {
   const float total = column_sum(p.partial, partials, p.C);
-  const int64_t column = int64_t(blockIdx.x) * kWarp + threadIdx.x;
+  const int64_t column = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (threadIdx.y == 0 && column < p.C) static_cast<T*>(p.grad_bias)[column] = from_float<T>(total);
 }
 
@@ -137,9 +138,9 @@ void backward_of(const Gelu& p, const Launch& at) {
   const int64_t groups = p.bias ? partials : ceil_div(rows, block.y);
   launch(at, backward<T, V>, dim3(grid_size(groups), grid_size(ceil_div(p.C, block.x * V))), block,
          kThreads * V * sizeof(float), p);
-  if (p.bias)
-    launch(at, finish_bias<T>, grid_size(ceil_div(p.C, kWarp)), dim3(kWarp, kPartialThreads / kWarp),
-           kPartialShared, p, partials);
+  if (!p.bias) return;
+  const dim3 finish = partial_block(p.C);
+  launch(at, finish_bias<T>, grid_size(ceil_div(p.C, finish.x)), finish, kPartialShared, p, partials);
 }
 
 template <class T>

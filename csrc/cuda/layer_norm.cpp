@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> any_backward(Tensor grad, std::optional<Tenso
   const int64_t C = weight.size(0), rows = x.numel() / C;
   Tensor grad_x = torch::stable::empty_like(x), grad_weight = torch::stable::empty_like(weight);
   Tensor grad_bias = new_empty(weight, {has_bias ? C : 0}, weight.scalar_type());
-  const int64_t partials = layer_norm_partials(rows, C, device.multiprocessors);
+  const int64_t partials = layer_norm_partials(rows, C, dtype_of(x, op), device.multiprocessors);
   Tensor partial = new_empty(x, {partials, 2, C}, ScalarType::Float);
   layer_norm_backward({.dtype = dtype_of(x, op),
                        .weight_dtype = dtype_of(weight, op),

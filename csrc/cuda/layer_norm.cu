@@ -1,11 +1,12 @@
 // layer_norm and add_layer_norm on CUDA.
 //
-// Up to C = 12,288 a row lives in the registers of the threads that share it: 32 elements a thread, read once by 16-byte
-// loads. A row of up to 1,024 elements belongs to one warp, four rows to a block, so that no barrier is needed; a longer
-// row has a block to itself. Other widths and pointers that are not 16-byte aligned take the plain kernels at the end.
+// Up to C = 12,288 a row lives in the registers of the threads that share it, read once by 16-byte loads. A row of up to
+// 512 or 768 elements belongs to one warp, four rows to a block, so that no barrier is needed; a longer one has a block to
+// itself. Other widths and pointers that are not 16-byte aligned take the plain kernels at the end.
 //
-// Weight gradients: each block walks over every gridDim-th group of rows with sums in registers, writes one partial sum,
-// and a second small kernel adds the partials in order. No atomics: the same bits every time.
+// Weight gradients: each block walks over every gridDim-th group of rows with sums in registers, and asks for the next
+// row before it works on this one. It writes one partial sum, and a second small kernel adds the partials in order. No
+// atomics: the same bits every time.
 
 #include "cuda/layer_norm.h"
 
@@ -18,14 +19,37 @@
 namespace pygpt::cuda {
 namespace {
 
-constexpr int kElements = 32;      // of a row, held by a thread
-constexpr int kMaxThreads = 384;   // of a row: 384 * 32 = 12,288 elements, at up to 168 registers a thread
-constexpr int kRowsPerBlock = 4;   // where a row is one warp
+constexpr int kRowsPerBlock = 4;  // where a row is one warp
 constexpr int kPlainThreads = 256;
-constexpr int64_t kMaxC = int64_t(kElements) * kMaxThreads;
 
-template <class T>
-constexpr int kVectors = kElements / kVector<T>;
+// A kernel's blocks have up to so many threads: where a row of 16 bits is one warp, as GPT-2's, where it is a block, and for
+// more than 4,096 elements, which leave no registers to read ahead.
+constexpr int kWarpRow = 128, kBlockRow = 256, kLongRow = 512;
+__host__ __device__ constexpr int elements(int threads) {  // of a row, held by a thread
+  return threads == kBlockRow ? 16 : 24;
+}
+constexpr int64_t kMaxC = int64_t(kLongRow) * elements(kLongRow);
+
+// Warps of the backward kernel for which a multiprocessor has the registers.
+constexpr int resident_warps(int threads, size_t element_bytes) {
+  return threads == kWarpRow ? 12 : threads == kBlockRow && element_bytes == 4 ? 8 : 16;
+}
+
+// A row in registers: E elements a thread, each 16-byte access as far from the last as the row has threads.
+template <class T, int E>
+struct Row {
+  static constexpr int V = kVector<T>, N = E / V;
+  Vector<T, V> part[N];
+
+  __device__ static int column(int i) { return static_cast<int>((i * blockDim.x + threadIdx.x) * V); }
+
+  __device__ void load(const T* row, int i) { part[i] = cuda::load<V>(row + column(i)); }
+  __device__ void load_all(const T* row, int C) {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (column(i) < C) load(row, i);
+  }
+};
 
 template <class T>
 __device__ const T* at(const void* p, int64_t offset) {
@@ -36,65 +60,84 @@ __device__ T* at(void* p, int64_t offset) {
   return static_cast<T*>(p) + offset;
 }
 
-// Sum over the threads of a row: a warp of a block of several rows, or else the whole block.
-__device__ float row_sum(float x, float* scratch) {
-  x = warp_sum(x);
+// Sums over the threads of a row: a warp of a block of several rows, or else the whole block. The caller does not use the
+// same scratch twice in a row.
+template <int N>
+__device__ void row_sums(float (&x)[N], float* scratch) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) x[n] = warp_sum(x[n]);
   const int warps = blockDim.x / kWarp;
-  if (warps == 1) return x;
-  if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = x;
+  if (warps == 1) return;
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+    if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp * N + n] = x[n];
   __syncthreads();
-  float total = 0;
-  for (int warp = 0; warp < warps; ++warp) total += scratch[warp];
-  __syncthreads();
-  return total;
+#pragma unroll
+  for (int n = 0; n < N; ++n) x[n] = 0;
+  for (int warp = 0; warp < warps; ++warp)
+#pragma unroll
+    for (int n = 0; n < N; ++n) x[n] += scratch[warp * N + n];
 }
 
-template <class T, class W>
-__global__ void __launch_bounds__(kMaxThreads, 1) forward_vector(LayerNormForward p) {
-  constexpr int V = kVector<T>;
-  float* scratch = SharedMemory().take<float>(kMaxThreads / kWarp);
+__device__ float row_sum(float x, float* scratch) {
+  float sum[] = {x};
+  row_sums(sum, scratch);
+  return sum[0];
+}
+
+constexpr int kScratch = 2 * 2 * kLongRow / kWarp;  // floats: two sums of each warp, of two rows
+
+template <int Threads, class T, class W>
+__global__ void __launch_bounds__(Threads) forward_vector(LayerNormForward p) {
+  constexpr int E = elements(Threads), V = kVector<T>, N = E / V;
+  float* scratch = SharedMemory().take<float>(kScratch);
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= p.rows) return;  // only in blocks of several rows, which have no barrier
   const int64_t begin = row * p.C;
   const int C = static_cast<int>(p.C);
 
-  Vector<T, V> x[kVectors<T>];
+  Row<T, E> x;
+  x.load_all(at<T>(p.x, begin), C);
+  if (p.residual) {
+    Row<T, E> residual;
+    residual.load_all(at<T>(p.residual, begin), C);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (x.column(i) >= C) continue;
+#pragma unroll
+      for (int j = 0; j < V; ++j)
+        x.part[i].set(j, x.part[i].get(j) + residual.part[i].get(j));  // rounded, as in two eager ops
+      store(at<T>(p.sum, begin + x.column(i)), x.part[i]);
+    }
+  }
   float total = 0;
 #pragma unroll
-  for (int i = 0; i < kVectors<T>; ++i) {
-    const int c = (i * blockDim.x + threadIdx.x) * V;
-    if (c >= C) continue;
-    x[i] = load<V>(at<T>(p.x, begin + c));
-    if (p.residual) {
-      const Vector<T, V> r = load<V>(at<T>(p.residual, begin + c));
+  for (int i = 0; i < N; ++i) {
+    if (x.column(i) >= C) continue;
 #pragma unroll
-      for (int j = 0; j < V; ++j) x[i].set(j, x[i].get(j) + r.get(j));  // rounded, as in two eager ops
-      store(at<T>(p.sum, begin + c), x[i]);
-    }
-#pragma unroll
-    for (int j = 0; j < V; ++j) total += x[i].get(j);
+    for (int j = 0; j < V; ++j) total += x.part[i].get(j);
   }
   const float mean = row_sum(total, scratch) / C;
 
   float squares = 0;
 #pragma unroll
-  for (int i = 0; i < kVectors<T>; ++i) {
-    if (static_cast<int>((i * blockDim.x + threadIdx.x) * V) >= C) continue;
+  for (int i = 0; i < N; ++i) {
+    if (x.column(i) >= C) continue;
 #pragma unroll
-    for (int j = 0; j < V; ++j) squares += (x[i].get(j) - mean) * (x[i].get(j) - mean);
+    for (int j = 0; j < V; ++j) squares += (x.part[i].get(j) - mean) * (x.part[i].get(j) - mean);
   }
-  const float rstd = 1.0f / sqrtf(row_sum(squares, scratch) / C + p.eps);
+  const float rstd = 1.0f / sqrtf(row_sum(squares, scratch + kScratch / 2) / C + p.eps);
 
 #pragma unroll
-  for (int i = 0; i < kVectors<T>; ++i) {
-    const int c = (i * blockDim.x + threadIdx.x) * V;
+  for (int i = 0; i < N; ++i) {
+    const int c = x.column(i);
     if (c >= C) continue;
     const Vector<W, V> weight = load<V>(at<W>(p.weight, c));
     Vector<W, V> bias{};
     if (p.bias) bias = load<V>(at<W>(p.bias, c));
 #pragma unroll
-    for (int j = 0; j < V; ++j) x[i].set(j, (x[i].get(j) - mean) * rstd * weight.get(j) + bias.get(j));
-    store(at<T>(p.y, begin + c), x[i]);
+    for (int j = 0; j < V; ++j) x.part[i].set(j, (x.part[i].get(j) - mean) * rstd * weight.get(j) + bias.get(j));
+    store(at<T>(p.y, begin + c), x.part[i]);
   }
   if (threadIdx.x == 0) {
     p.mean[row] = mean;
@@ -102,52 +145,84 @@ __global__ void __launch_bounds__(kMaxThreads, 1) forward_vector(LayerNormForwar
   }
 }
 
-// grad_x of every gridDim.x-th group of rows, and this block's partial sums of the weight gradients.
-template <class T, class W>
-__global__ void __launch_bounds__(kMaxThreads, 1) backward_vector(LayerNormBackward p) {
-  constexpr int V = kVector<T>;
-  SharedMemory shared;
-  float* scratch = shared.take<float>(kMaxThreads / kWarp);
-  const int C = static_cast<int>(p.C);
-  float sum_weight[kElements] = {}, sum_bias[kElements] = {};
+// What the backward kernel reads of a row, but for grad_sum.
+template <class T, int E>
+struct BackwardRow {
+  Row<T, E> grad{}, x{};
+  float mean = 0, rstd = 0;
 
-  for (int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y; row < p.rows; row += int64_t(gridDim.x) * blockDim.y) {
+  __device__ void load(const LayerNormBackward& p, int64_t row) {
+    if (row >= p.rows) return;
+    grad.load_all(at<T>(p.grad, row * p.C), static_cast<int>(p.C));
+    x.load_all(at<T>(p.x, row * p.C), static_cast<int>(p.C));
+    mean = p.mean[row];
+    rstd = p.rstd[row];
+  }
+};
+
+// grad_x of every gridDim.x-th group of rows, and this block's partial sums of the weight gradients.
+template <int Threads, class T, class W>
+__global__ void __launch_bounds__(Threads, resident_warps(Threads, sizeof(T)) * kWarp / Threads)
+    backward_vector(LayerNormBackward p) {
+  constexpr int E = elements(Threads), V = kVector<T>, N = E / V;
+  SharedMemory shared;
+  float* scratch = shared.take<float>(kScratch);
+  const int C = static_cast<int>(p.C);
+  const int64_t step = int64_t(gridDim.x) * blockDim.y;
+  float sum_weight[E] = {}, sum_bias[E] = {};
+
+  constexpr bool ahead = Threads != kLongRow;
+  int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+  BackwardRow<T, E> next;
+  if (ahead) next.load(p, row);
+  for (int turn = 0; row < p.rows; row += step, turn ^= 1) {
     const int64_t begin = row * p.C;
-    const float mean = p.mean[row], rstd = p.rstd[row];
-    Vector<T, V> grad[kVectors<T>], x[kVectors<T>];
-    float dot = 0, total = 0;  // of the gradient of the normalised row, with that row and with 1
+    auto [grad, x, mean, rstd] = next;
+    if (ahead) {
+      next.load(p, row + step);
+    } else {
+      mean = p.mean[row];
+      rstd = p.rstd[row];
+    }
+    Row<T, E> other{};
+    if (ahead && p.grad_sum) other.load_all(at<T>(p.grad_sum, begin), C);
+    float sums[2] = {};  // of the gradient of the normalised row, times 1 and times that row
 #pragma unroll
-    for (int i = 0; i < kVectors<T>; ++i) {
-      const int c = (i * blockDim.x + threadIdx.x) * V;
+    for (int i = 0; i < N; ++i) {
+      const int c = x.column(i);
       if (c >= C) continue;
-      grad[i] = load<V>(at<T>(p.grad, begin + c));
-      x[i] = load<V>(at<T>(p.x, begin + c));
+      if (!ahead) {
+        grad.load(at<T>(p.grad, begin), i);
+        x.load(at<T>(p.x, begin), i);
+      }
       const Vector<W, V> weight = load<V>(at<W>(p.weight, c));
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        const float normed = (x[i].get(j) - mean) * rstd, dy = grad[i].get(j);
+        const float normed = (x.part[i].get(j) - mean) * rstd, dy = grad.part[i].get(j);
         sum_weight[i * V + j] += dy * normed;
         sum_bias[i * V + j] += dy;
-        total += dy * weight.get(j);
-        dot += dy * weight.get(j) * normed;
+        sums[0] += dy * weight.get(j);
+        sums[1] += dy * weight.get(j) * normed;
       }
     }
-    total = row_sum(total, scratch) / C;
-    dot = row_sum(dot, scratch) / C;
+    row_sums(sums, scratch + turn * kScratch / 2);
+    const float total = sums[0] / C, dot = sums[1] / C;
 #pragma unroll
-    for (int i = 0; i < kVectors<T>; ++i) {
-      const int c = (i * blockDim.x + threadIdx.x) * V;
+    for (int i = 0; i < N; ++i) {
+      const int c = x.column(i);
       if (c >= C) continue;
+      Vector<T, V> of_sum{};
+      if (ahead) of_sum = other.part[i];
+      else if (p.grad_sum) of_sum = load<V>(at<T>(p.grad_sum, begin + c));
       const Vector<W, V> weight = load<V>(at<W>(p.weight, c));
-      Vector<T, V> other{};
-      if (p.grad_sum) other = load<V>(at<T>(p.grad_sum, begin + c));
+      Vector<T, V> grad_x;
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        const float normed = (x[i].get(j) - mean) * rstd;
-        const float from_norm = (grad[i].get(j) * weight.get(j) - total - normed * dot) * rstd;
-        x[i].set(j, from_norm + other.get(j));
+        const float normed = (x.part[i].get(j) - mean) * rstd;
+        const float from_norm = (grad.part[i].get(j) * weight.get(j) - total - normed * dot) * rstd;
+        grad_x.set(j, from_norm + of_sum.get(j));
       }
-      store(at<T>(p.grad_x, begin + c), x[i]);
+      store(at<T>(p.grad_x, begin + c), grad_x);
     }
   }
 
@@ -158,8 +233,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) backward_vector(LayerNormBackw
   for (int which = 0; which < 2; ++which) {
     const auto& sum = which == 0 ? sum_weight : sum_bias;
 #pragma unroll
-    for (int i = 0; i < kVectors<T>; ++i) {
-      const int c = (i * blockDim.x + threadIdx.x) * V;
+    for (int i = 0; i < N; ++i) {
+      const int c = Row<T, E>::column(i);
       if (c >= C) continue;
       float* to = blockDim.y > 1 ? rows + threadIdx.y * C + c : partial + which * C + c;
 #pragma unroll
@@ -180,7 +255,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) backward_vector(LayerNormBackw
 
 template <class T, class W>
 __global__ void __launch_bounds__(kPlainThreads) forward_plain(LayerNormForward p) {
-  float* scratch = SharedMemory().take<float>(kPlainThreads / kWarp);
+  float* scratch = SharedMemory().take<float>(kScratch);
   const int64_t begin = int64_t(blockIdx.x) * p.C;
   const T* x = at<T>(p.x, begin);
   float total = 0, squares = 0;
@@ -195,7 +270,7 @@ __global__ void __launch_bounds__(kPlainThreads) forward_plain(LayerNormForward 
   if (p.residual) x = at<T>(p.sum, begin);  // a thread reads back only what it wrote itself
   const float mean = row_sum(total, scratch) / p.C;
   for (int64_t c = threadIdx.x; c < p.C; c += blockDim.x) squares += (to_float(x[c]) - mean) * (to_float(x[c]) - mean);
-  const float rstd = 1.0f / sqrtf(row_sum(squares, scratch) / p.C + p.eps);
+  const float rstd = 1.0f / sqrtf(row_sum(squares, scratch + kScratch / 2) / p.C + p.eps);
   for (int64_t c = threadIdx.x; c < p.C; c += blockDim.x) {
     const float bias = p.bias ? to_float(*at<W>(p.bias, c)) : 0.0f;
     *at<T>(p.y, begin + c) = from_float<T>((to_float(x[c]) - mean) * rstd * to_float(*at<W>(p.weight, c)) + bias);
@@ -208,19 +283,19 @@ __global__ void __launch_bounds__(kPlainThreads) forward_plain(LayerNormForward 
 
 template <class T, class W>
 __global__ void __launch_bounds__(kPlainThreads) backward_plain(LayerNormBackward p) {
-  float* scratch = SharedMemory().take<float>(kPlainThreads / kWarp);
+  float* scratch = SharedMemory().take<float>(kScratch);
   const int64_t begin = int64_t(blockIdx.x) * p.C;
   const T *x = at<T>(p.x, begin), *grad = at<T>(p.grad, begin);
   const W* weight = at<W>(p.weight, 0);
   const float mean = p.mean[blockIdx.x], rstd = p.rstd[blockIdx.x];
-  float dot = 0, total = 0;
+  float sums[2] = {};
   for (int64_t c = threadIdx.x; c < p.C; c += blockDim.x) {
     const float scaled = to_float(grad[c]) * to_float(weight[c]);
-    total += scaled;
-    dot += scaled * (to_float(x[c]) - mean) * rstd;
+    sums[0] += scaled;
+    sums[1] += scaled * (to_float(x[c]) - mean) * rstd;
   }
-  total = row_sum(total, scratch) / p.C;
-  dot = row_sum(dot, scratch) / p.C;
+  row_sums(sums, scratch);
+  const float total = sums[0] / p.C, dot = sums[1] / p.C;
   for (int64_t c = threadIdx.x; c < p.C; c += blockDim.x) {
     const float normed = (to_float(x[c]) - mean) * rstd;
     const float from_norm = (to_float(grad[c]) * to_float(weight[c]) - total - normed * dot) * rstd;
@@ -248,7 +323,7 @@ __global__ void __launch_bounds__(kPlainThreads) partial_plain(LayerNormBackward
 template <class W>
 __global__ void __launch_bounds__(kPartialThreads) finish_weights(LayerNormBackward p, int64_t partials) {
   const float total = column_sum(p.partial, partials, 2 * p.C);
-  const int64_t column = int64_t(blockIdx.x) * kWarp + threadIdx.x;
+  const int64_t column = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (threadIdx.y > 0 || column >= 2 * p.C) return;
   void* to = column < p.C ? p.grad_weight : p.grad_bias;
   if (to) *at<W>(to, column < p.C ? column : column - p.C) = from_float<W>(total);
@@ -261,44 +336,61 @@ bool vectorizes(int64_t C, DType dtype, std::initializer_list<const void*> point
   return std::all_of(pointers.begin(), pointers.end(), aligned);
 }
 
-dim3 row_block(int64_t C) {
-  const unsigned warps = static_cast<unsigned>(ceil_div(C, kElements * kWarp));
+// Which kernel a row of C elements is for.
+int threads_for(int64_t C, DType dtype) {
+  const bool warp_row = dtype != DType::f32 && C > elements(kBlockRow) * kWarp && C <= elements(kWarpRow) * kWarp;
+  return warp_row ? kWarpRow : C <= elements(kBlockRow) * kBlockRow ? kBlockRow : kLongRow;
+}
+
+dim3 row_block(int64_t C, DType dtype) {
+  const auto warps = static_cast<unsigned>(ceil_div(C, elements(threads_for(C, dtype)) * kWarp));
   return dim3(warps * kWarp, warps == 1 ? kRowsPerBlock : 1);
 }
 
 template <class T, class W>
 void forward(const LayerNormForward& p, const Launch& at) {
-  const dim3 block = row_block(p.C);
+  const dim3 block = row_block(p.C, p.dtype);
+  const size_t shared = kScratch * sizeof(float);
   if (vectorizes(p.C, p.dtype, {p.x, p.residual, p.weight, p.bias, p.sum, p.y})) {
-    const auto blocks = grid_size(ceil_div(p.rows, block.y));
-    launch(at, forward_vector<T, W>, blocks, block, kMaxThreads / kWarp * sizeof(float), p);
+    const int threads = threads_for(p.C, p.dtype);
+    constexpr int kShort = sizeof(T) == 2 ? kWarpRow : kBlockRow;
+    const auto kernel = threads == kShort    ? forward_vector<kShort, T, W>
+                        : threads == kBlockRow ? forward_vector<kBlockRow, T, W>
+                                               : forward_vector<kLongRow, T, W>;
+    launch(at, kernel, grid_size(ceil_div(p.rows, block.y)), block, shared, p);
   } else {
-    const size_t shared = kPlainThreads / kWarp * sizeof(float);
     launch(at, forward_plain<T, W>, grid_size(p.rows), kPlainThreads, shared, p);
   }
 }
 
 template <class T, class W>
 void backward(const LayerNormBackward& p, const Launch& at) {
-  const int64_t partials = p.rows ? layer_norm_partials(p.rows, p.C, at.multiprocessors) : 0;
+  const int64_t partials = p.rows ? layer_norm_partials(p.rows, p.C, p.dtype, at.multiprocessors) : 0;
   if (partials && vectorizes(p.C, p.dtype, {p.grad, p.grad_sum, p.x, p.weight, p.grad_x})) {
-    const dim3 block = row_block(p.C);
-    const size_t shared = (kMaxThreads / kWarp + (block.y > 1 ? block.y * p.C : 0)) * sizeof(float);
-    launch(at, backward_vector<T, W>, static_cast<unsigned>(partials), block, shared, p);
+    const dim3 block = row_block(p.C, p.dtype);
+    const size_t shared = (kScratch + (block.y > 1 ? block.y * p.C : 0)) * sizeof(float);
+    const int threads = threads_for(p.C, p.dtype);
+    constexpr int kShort = sizeof(T) == 2 ? kWarpRow : kBlockRow;
+    const auto kernel = threads == kShort    ? backward_vector<kShort, T, W>
+                        : threads == kBlockRow ? backward_vector<kBlockRow, T, W>
+                                               : backward_vector<kLongRow, T, W>;
+    launch(at, kernel, static_cast<unsigned>(partials), block, shared, p);
   } else if (partials) {
-    const size_t shared = kPlainThreads / kWarp * sizeof(float);
-    launch(at, backward_plain<T, W>, grid_size(p.rows), kPlainThreads, shared, p);
+    launch(at, backward_plain<T, W>, grid_size(p.rows), kPlainThreads, kScratch * sizeof(float), p);
     const auto columns = grid_size(ceil_div(p.C, kPlainThreads));
     launch(at, partial_plain<T>, dim3(columns, static_cast<unsigned>(partials)), kPlainThreads, 0, p);
   }
-  launch(at, finish_weights<W>, grid_size(ceil_div(2 * p.C, kWarp)), dim3(kWarp, kPartialThreads / kWarp),
-         kPartialShared, p, partials);
+  const dim3 finish = partial_block(2 * p.C);
+  launch(at, finish_weights<W>, grid_size(ceil_div(2 * p.C, finish.x)), finish, kPartialShared, p, partials);
 }
 
 }  // namespace
 
-int64_t layer_norm_partials(int64_t rows, int64_t C, int multiprocessors) {
-  return std::clamp<int64_t>(ceil_div(rows, row_block(C).y), 1, 2 * int64_t(multiprocessors));
+int64_t layer_norm_partials(int64_t rows, int64_t C, DType dtype, int multiprocessors) {
+  const dim3 block = row_block(C, dtype);
+  const int warps = resident_warps(threads_for(C, dtype), dtype == DType::f32 ? 4 : 2);
+  const int64_t blocks = std::max<int64_t>(1, warps * kWarp / (block.x * block.y)) * multiprocessors;
+  return std::clamp<int64_t>(ceil_div(rows, block.y), 1, blocks);
 }
 
 void layer_norm_forward(const LayerNormForward& p, const Launch& at) {

@@ -31,6 +31,6 @@ void layer_norm_forward(const LayerNormForward& p, const Launch& at);
 void layer_norm_backward(const LayerNormBackward& p, const Launch& at);
 
 // Partial sums of the weight gradients: a function of the shape and the device alone, so that the bits are too.
-int64_t layer_norm_partials(int64_t rows, int64_t C, int multiprocessors);
+int64_t layer_norm_partials(int64_t rows, int64_t C, DType dtype, int multiprocessors);
 
 }  // namespace pygpt::cuda

@@ -25,12 +25,21 @@ class Choice(NamedTuple):
     up_to: Mapping[str, int] = {}
 
 
-H100 = "NVIDIA H100 80GB HBM3, {}: bench/LOG.md, 2026-11-27, on an H100".format
+H200 = "NVIDIA H200, {}: bench/LOG.md, 2026-11-27, on an H200".format
 MEASURED: tuple[Choice, ...] = (
-    Choice("causal_attention", (9, 0), 16, "cuda", H100("T 512 to 2,048, 1.21 to 1.22 times SDPA's flash"), {"D": 64}),
-    Choice("causal_attention", (9, 0), 16, "triton", H100("D 64, T 512 to 2,048, 1.08 to 1.10 times SDPA's flash")),
-    Choice("linear_cross_entropy", (9, 0), 16, "triton", H100("in a step of GPT-2 124M, 1.5 times eager's chunks")),
-    Choice("adamw", (9, 0), 16, "triton", H100("in a step of GPT-2 124M, 1.1 ms, eager's 41 ms")),
+    Choice(
+        "causal_attention", (9, 0), 16, "cuda", H200("D 64 and 128, T 512 to 16,384, 1.07 to 1.80 times SDPA's flash")
+    ),
+    Choice("layer_norm", (9, 0), 16, "cuda", H200("C 768 to 4,096, 1.1 to 3.0 times eager")),
+    Choice("layer_norm", (9, 0), 32, "cuda", H200("C 1,024, 1.4 times eager")),
+    Choice("add_layer_norm", (9, 0), 16, "cuda", H200("C 768 to 12,288, 1.1 to 2.8 times eager")),
+    Choice("add_layer_norm", (9, 0), 32, "cuda", H200("C 1,024, 1.5 and 1.6 times eager")),
+    Choice("embedding", (9, 0), 16, "cuda", H200("C 768 to 12,288, 1.2 to 3.4 times eager")),
+    Choice("embedding", (9, 0), 32, "cuda", H200("C 768, 1.2 to 2.5 times eager")),
+    Choice("gelu", (9, 0), 16, "cuda", H200("with a bias, forward and backward together 1.8 to 2.0 times eager")),
+    Choice("linear_cross_entropy", (9, 0), 16, "triton", H200("4,096 and 16,384 tokens, 5.3 and 5.5 times eager")),
+    Choice("adamw", (9, 0), 16, "triton", H200("GPT-2 124M, 27 times eager")),
+    Choice("adamw", (9, 0), 32, "triton", H200("GPT-2 124M, 1.2 times eager")),
 )
 
 

@@ -41,10 +41,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
     """Normalise the last dimension of x, then scale by `weight` and shift by `bias`.
 
     x: (..., C), floating point. weight: (C,), and bias: (C,) or None, in x's dtype or float32. Returns (..., C) in x's
-    dtype. Raises InputError (a ValueError) for shapes and devices, InputTypeError (a TypeError) for dtypes. On the CPU,
-    fewer than 65,536 elements go to torch's own layer_norm unless a backend is forced.
+    dtype. Raises InputError (a ValueError) for shapes and devices, InputTypeError (a TypeError) for dtypes. Fewer than
+    65,536 elements on the CPU, or 4 million on a GPU, go to torch's own layer_norm unless a backend is forced.
     """
-    if backends.automatic_on_cpu(x, backends.SMALL) and weight.dim() == 1:
+    if backends.is_small(x) and weight.dim() == 1:
         try:
             return torch.layer_norm(x, weight.shape, weight, bias, eps)
         except (
@@ -64,9 +64,9 @@ def add_layer_norm(
     """layer_norm(x + residual) and the sum itself, in one pass.
 
     x, residual: (..., C), the same shape; different dtypes are promoted as by addition. weight, bias: as in `layer_norm`.
-    Returns (normed, x + residual), both (..., C). Small inputs on the CPU go to torch, as in `layer_norm`.
+    Returns (normed, x + residual), both (..., C). Small inputs go to torch, as in `layer_norm`.
     """
-    if backends.automatic_on_cpu(x, backends.SMALL) and x.shape == residual.shape and weight.dim() == 1:
+    if backends.is_small(x) and x.shape == residual.shape and weight.dim() == 1:
         try:
             return torch.layer_norm(total := x + residual, weight.shape, weight, bias, eps), total
         except (RuntimeError, TypeError):

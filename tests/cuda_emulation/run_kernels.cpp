@@ -36,7 +36,7 @@ struct Buffer {
 template <class T>
 void layer_norm(DType dtype, int64_t rows, int64_t C) {
   Buffer<T> x(rows * C), residual(rows * C), weight(C), bias(C), sum(rows * C), y(rows * C), grad_weight(C), grad_bias(C);
-  const int64_t partials = layer_norm_partials(rows, C, kAt.multiprocessors);
+  const int64_t partials = layer_norm_partials(rows, C, dtype, kAt.multiprocessors);
   Buffer<float> mean(rows), rstd(rows), partial(partials * 2 * C);
   layer_norm_forward({dtype, dtype, x.data, residual.data, weight.data, bias.data, sum.data, y.data, mean.data, rstd.data,
                       rows, C, 1e-5f}, kAt);
