@@ -252,6 +252,10 @@ def causal_attention_backward_packed(
 ) -> Tensor:  # fmt: skip
     """The same for S == T, the gradients in one tensor (B, T, 3, H, D)."""
     B, T, H, D = q.shape
+    if k.shape[1] != T:
+        raise ValueError(
+            f"causal_attention_backward_packed: q, k and v must have one shape, got {T} queries, {k.shape[1]} keys"
+        )
     if D % 16:
         packed = causal_attention_backward_packed(
             *padded(grad, q, k, v, out), lse, scale, dropout_p, seed, document_start

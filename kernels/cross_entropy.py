@@ -17,9 +17,10 @@ from pygpt.kernels.device import FUSED, up_to
 
 # Vocabulary up to this -> warps, each thread of which has 16 bytes of a tile: GPT-2's rows are 7 tiles in bfloat16. Few rows
 # at a time, so that the second pass finds them in the cache. tests/test_triton_compile.py walks the table.
-WARPS = ((256, 1), (1024, 4), (32768, 16), (math.inf, 32))
-# What the widest blocks may have, lest the compiler spill some to make room for a second block. AMD's has no such option.
-REGISTERS: dict[str, int] = {} if torch.version.hip else {"maxnreg": 64}
+# (AMD's warps are twice as wide, and blocks no larger.)
+WARPS = ((256, 1), (1024, 4), (32768, 16), (math.inf, 16 if torch.version.hip else 32))
+# What a thread of the widest blocks has at most: told so, the compiler spills none to make room for a second block.
+REGISTERS = {32: {"maxnreg": 64}}
 
 
 @triton.jit
@@ -91,6 +92,7 @@ def cross_entropy_rows_(
     if rows:
         _rows_kernel[(rows,)](
             logits, targets.contiguous(), losses, grad_factor, V, logits.stride(0), ignore_index,
-            LANES=warps * 32, BLOCK=warps * 32 * 16 // logits.itemsize, num_warps=warps, **REGISTERS, **FUSED,
+            LANES=warps * 32, BLOCK=warps * 32 * 16 // logits.itemsize, num_warps=warps,
+            **REGISTERS.get(warps, {}), **FUSED,
         )  # fmt: skip
     return losses

@@ -164,7 +164,8 @@ def info(console: Console) -> None:
     console.print(
         f"On the CPU, layer_norm and add_layer_norm of fewer than {backends.SMALL:,} elements, linear_cross_entropy of fewer "
         "logits, and an embedding without positions or gradients are torch's own, whose calls cost less, unless a backend "
-        "is forced."
+        f"is forced; on GPUs layer_norm and add_layer_norm of fewer than {backends.SMALL_ON_GPU:,} elements, and gelu without "
+        "a bias."
     )
     if backends.forced():
         console.print(f"backend '{backends.forced()}' is forced (PYGPT_BACKEND)")

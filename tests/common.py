@@ -33,11 +33,12 @@ def assert_close(
 def new_memory_is_nan() -> Iterator[None]:
     """What an operator leaves out of its results is NaN."""
     assert torch.utils.deterministic.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(before)
 
 
 # The shapes that every column's tests go over, beside those that their own tiles suggest: sizes 0 and 1, primes, and one

@@ -55,9 +55,26 @@ def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     return leaf(*shape, dtype=dtype, seed=seed).detach()
 
 
-# 1608: a row of several warps; 12,288: the widest kept in registers; 12,296: the first beyond; 1023: no 16-byte loads
+# Each kernel, with more rows than its blocks: of a warp (72; 768 with 24 elements a thread), of several, on both sides of where
+# they begin (520, 776), of long rows (4104; 12,288 the longest in registers), and without 16-byte loads (12,296, 1023).
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [*LAYER_NORM_SHAPES, (9, 72), (3, 1608), (2, 12288), (2, 12296), (2, 1023)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *LAYER_NORM_SHAPES,
+        (9, 72),
+        (40, 512),
+        (40, 520),
+        (3, 776),
+        (19, 1608),
+        (2, 4096),
+        (5, 4104),
+        (5, 12288),
+        (2, 12296),
+        (2, 1023),
+    ],
+    ids=str,
+)
 def test_layer_norm(op, shape, dtype):
     C = shape[-1]
     floor = 3.0 if C == 1 else 1e-3

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 from common import LAYER_NORM_SHAPES, assert_close, double, leaf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pygpt import ops
 from pygpt.ops import backends
@@ -273,3 +276,15 @@ def test_compiling_does_not_tie_the_result_to_a_number_of_rows():
         x = leaf(rows, 16)
         torch.testing.assert_close(compiled(x), layer_norm_reference(x, weight, bias))
     assert len(graphs) == 1
+
+
+def test_small_inputs_on_a_gpu_keep_their_dtype():
+    """They go to torch's own, which autocast has in float32. No GPU is needed: the tensors are fake."""
+    with FakeTensorMode():
+        x, weight, wide = (torch.empty(size, device="cuda") for size in ((64, 768), (768,), (768,)))
+        x, weight = x.bfloat16(), weight.bfloat16()
+        for scale in (weight, wide):
+            for context in (contextlib.nullcontext(), torch.autocast("cuda", torch.bfloat16)):
+                with context:
+                    results = (ops.layer_norm(x, scale), *ops.add_layer_norm(x, x, scale))
+                assert [(y.dtype, y.shape) for y in results] == [(torch.bfloat16, x.shape)] * 3

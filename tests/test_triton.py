@@ -479,9 +479,8 @@ def test_auto_takes_the_kernel_that_measured_faster_for_the_shape(monkeypatch):
             assert_close(ours, theirs, F32)
         return len(calls)
 
-    monkeypatch.setattr(
-        backends, "_forced", "cpp" if DEVICE == "cpu" else None
-    )  # small inputs are torch's own on the CPU
+    monkeypatch.setattr(backends, "_forced", "cpp" if DEVICE == "cpu" else None)  # or small inputs are torch's own
+    monkeypatch.setattr(backends, "SMALL_ON_GPU", 0)
     try:
         for C, expected in ((96, 2), (97, 0)):
             assert triton_calls(ops.layer_norm, draw(3, C), draw(C, seed=1), draw(C, seed=2)) == expected

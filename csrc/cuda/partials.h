@@ -11,6 +11,7 @@ namespace pygpt::cuda {
 constexpr int kPartialThreads = 1024;
 constexpr size_t kPartialShared = kPartialThreads * sizeof(float);
 
+// Powers of two.
 inline dim3 partial_block(int64_t columns) { return columns <= 4096 ? dim3(8, 128) : dim3(32, 32); }
 
 // Column blockIdx.x * blockDim.x + threadIdx.x; right in the threads of threadIdx.y = 0. For blocks of partial_block.
@@ -26,7 +27,7 @@ __device__ inline float column_sum(const float* partial, int64_t partials, int64
     if (threadIdx.y < half)
       sums[threadIdx.y * blockDim.x + threadIdx.x] += sums[(threadIdx.y + half) * blockDim.x + threadIdx.x];
   }
-  return sums[threadIdx.x];
+  return threadIdx.y == 0 ? sums[threadIdx.x] : 0.0f;
 }
 
 }  // namespace pygpt::cuda

@@ -174,7 +174,7 @@ def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, ...]:
         and qkv.requires_grad
         and torch.is_grad_enabled()
         and backends.choose("causal_attention", qkv) != "eager"
-        and not (qkv.is_cuda and backends.is_small(qkv))
+        and not backends.is_small_on_gpu(qkv)
     ):
         return _SplitHeads.apply(qkv, n_head)
     return _split(qkv, n_head)

@@ -30,9 +30,11 @@ from pygpt.ops import choices
 BACKENDS = ("eager", "cpp", "cuda", "triton")
 CPU_ORDER = ("cpp", "eager")
 MINIMUM_CUDA_CAPABILITY = (8, 0)
-# Elements below which calls of torch's own ops cost less than our kernels save, on a CPU and on a GPU, where the host's time
-# for a call decides (measured: bench/LOG.md).
-SMALL, SMALL_ON_GPU = 65536, 1 << 22
+# Elements below which calls of torch's own ops cost less than our kernels save (measured: bench/LOG.md).
+SMALL = 65536
+# The same on a GPU, where the host's time decides: ours saves 6 us of kernels a million elements of LayerNorm, and calls cost
+# tens of us more (bench/LOG.md, on an H200; where they meet was not measured).
+SMALL_ON_GPU = 1 << 22
 # The Triton kernels take any of these dtypes, so that their column is one line here instead of one in every op.
 TRITON_OPS = frozenset(
     {"embedding", "layer_norm", "add_layer_norm", "causal_attention", "gelu", "linear_cross_entropy", "adamw"}
@@ -252,12 +254,9 @@ def automatic_on_cpu(x: torch.Tensor, fewer_than: float = math.inf) -> bool:
     return x.is_cpu and 0 < x.numel() < fewer_than
 
 
-def is_small(x: torch.Tensor) -> bool:
-    """Whether an op may hand x, of 1 or more elements, to torch's own op because a call of ours costs more than it saves."""
-    if automatic_on_cpu(x, SMALL):
-        return True
-    automatic = not _is_compiling() and _forced is None and _environment is None
-    return automatic and x.is_cuda and 0 < x.numel() < SMALL_ON_GPU
+def is_small_on_gpu(x: torch.Tensor) -> bool:
+    """Whether an op may hand x to torch's own op because a call of ours would cost the host more time than the GPU saves."""
+    return x.is_cuda and not _is_compiling() and _forced is None and _environment is None and x.numel() < SMALL_ON_GPU
 
 
 def _resolve(op: str, device: str, dtype: torch.dtype, forced: str | None) -> str:

@@ -23,8 +23,8 @@ def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """0.5 z (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))), elementwise, where z is x, or x + bias.
 
     x: any shape, floating point. bias: (C,) for x (..., C), of x's dtype or float32; kernels on GPUs add it on the way, and
-    sum its gradient there. Returns x's shape and dtype. Raises InputTypeError (a TypeError) for other dtypes and InputError
-    for another shape of bias.
+    sum its gradient there; without one, and with no backend forced, it is F.gelu there. Returns x's shape and dtype. Raises
+    InputTypeError (a TypeError) for other dtypes and InputError for another shape of bias.
     """
     check_floating("gelu", x, bias=bias)
     if bias is None and x.is_cuda and backends.forced() is None:

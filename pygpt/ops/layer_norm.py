@@ -24,7 +24,7 @@ backends.register("add_layer_norm", cpp=KERNEL_DTYPES, cuda=GPU_DTYPES)
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """Plain PyTorch, differentiable, any dtype and device."""
     if weight.dtype == x.dtype:
-        return F.layer_norm(x, weight.shape, weight, bias, eps)
+        return F.layer_norm(x, weight.shape, weight, bias, eps).to(x.dtype)  # autocast makes it float32
     # Weights of higher precision than x: compute in theirs, as the kernels do, and round once.
     return F.layer_norm(x.to(weight.dtype), weight.shape, weight, bias, eps).to(x.dtype)
 
@@ -44,7 +44,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
     dtype. Raises InputError (a ValueError) for shapes and devices, InputTypeError (a TypeError) for dtypes. Fewer than
     65,536 elements on the CPU, or 4 million on a GPU, go to torch's own layer_norm unless a backend is forced.
     """
-    if backends.is_small(x) and weight.dim() == 1:
+    if backends.automatic_on_cpu(x, backends.SMALL) and weight.dim() == 1:
         try:
             return torch.layer_norm(x, weight.shape, weight, bias, eps)
         except (
@@ -53,7 +53,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
         ):  # the checks below name what was wrong; what they let pass is for the reference
             pass
     _check("layer_norm", x, weight, bias)
-    if backends.choose("layer_norm", x) == "eager":
+    if backends.is_small_on_gpu(x) or backends.choose("layer_norm", x) == "eager":
         return layer_norm_reference(x, weight, bias, eps)
     return _layer_norm(x, weight, bias, eps)[0]
 
@@ -66,7 +66,7 @@ def add_layer_norm(
     x, residual: (..., C), the same shape; different dtypes are promoted as by addition. weight, bias: as in `layer_norm`.
     Returns (normed, x + residual), both (..., C). Small inputs go to torch, as in `layer_norm`.
     """
-    if backends.is_small(x) and x.shape == residual.shape and weight.dim() == 1:
+    if backends.automatic_on_cpu(x, backends.SMALL) and x.shape == residual.shape and weight.dim() == 1:
         try:
             return torch.layer_norm(total := x + residual, weight.shape, weight, bias, eps), total
         except (RuntimeError, TypeError):
@@ -80,7 +80,7 @@ def add_layer_norm(
         dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(dtype), residual.to(dtype)
     _check("add_layer_norm", x, weight, bias)
-    if backends.choose("add_layer_norm", x) == "eager":
+    if backends.is_small_on_gpu(x) or backends.choose("add_layer_norm", x) == "eager":
         return add_layer_norm_reference(x, residual, weight, bias, eps)
     out = _add_layer_norm(x, residual, weight, bias, eps)
     return out[0], out[1]
