@@ -13,7 +13,7 @@ from rich.console import Console
 
 from pygpt import GPT, GPTConfig
 from pygpt.bench import BenchConfig, baseline, bench, model
-from pygpt.bench.command import _alone, contestants, show
+from pygpt.bench.command import _alone, cases, contestants, show
 from pygpt.bench.ops import OPS
 from pygpt.bench.report import TUNED, Row, read_json
 from pygpt.bench.timing import disagreement
@@ -186,3 +186,13 @@ def test_who_takes_part():
     assert contestants(Case("decode", ("gpt2", 1, 64), "bfloat16", "greedy"), config)[1] == ("pygpt int8", "tuned")
     on_gpu = contestants(Case("decode", ("gpt2", 1, 64), "bfloat16", "greedy", "cuda"), config)
     assert on_gpu == [("pygpt", "as it comes"), ("eager", "as it comes"), ("transformers", "as it comes")]
+
+
+def test_which_shapes_are_measured():
+    def labels(**settings) -> list[str]:
+        return [label for _, label in cases(BenchConfig(only=("gelu",), dtypes=("float32",), **settings), "cpu")]
+
+    shapes = OPS["gelu"].shapes
+    assert labels() == [next(iter(shapes))] * 2  # forward, forward+backward
+    assert labels(all_shapes=True) == [label for label in shapes for _ in range(2)]
+    assert labels(all_shapes=True, quick=True) == [OPS["gelu"].quick] * 2

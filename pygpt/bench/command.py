@@ -46,6 +46,8 @@ class BenchConfig:
     quick: bool = False
     """Small shapes and a small model, about a minute; without the peak memory, which takes a process for each contestant,
     and without CTranslate2."""
+    all_shapes: bool = False
+    """Each op at every shape of the repository's benches, not at its first alone; not with quick."""
     compile: bool = False
     """Also against torch.compile, which takes minutes and a C++ compiler."""
     seconds: float = 1.0
@@ -142,10 +144,10 @@ def cases(config: BenchConfig, device: str) -> Iterator[tuple[Case, str]]:
     """Everything that is to be measured, each with its shape in words."""
     chosen = config.only or NAMES
     for name, op in OPS.items():
-        label = op.quick if config.quick else next(iter(op.shapes))
-        for dtype in config.dtypes:
-            for passes in op.passes:
-                if name in chosen:
+        labels = [op.quick] if config.quick else [*op.shapes][: None if config.all_shapes else 1]
+        for label in labels if name in chosen else ():
+            for dtype in config.dtypes:
+                for passes in op.passes:
                     yield Case(name, op.shapes[label], dtype, passes, device), label
     for job in PEERS:
         for shape in _model_shapes(job, config):
