@@ -107,8 +107,6 @@ def main(arguments: list[str] | None = None) -> int:
 def run(command: object) -> None:
     """Carry out one command."""
     console = Console()
-    if not isinstance(command, InfoConfig | DataConfig | PrepareConfig | ExportConfig | BenchConfig):
-        pygpt.tune_allocator()  # what has a model, which is not made yet; bench measures in processes of its own
     match command:
         case InfoConfig():
             info(console)
@@ -117,10 +115,13 @@ def run(command: object) -> None:
         case PrepareConfig():
             prepare(command)
         case PretrainConfig():
+            pygpt.tune_allocator()
             pretrain(command, console)
         case ClassifyConfig():
+            pygpt.tune_allocator()
             finetune_classify(command, console)
         case InstructConfig():
+            pygpt.tune_allocator()
             finetune_instruct(command, console)
         case PredictConfig():
             predict(command)

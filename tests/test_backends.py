@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 import sys
-import textwrap
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 import pytest
 import torch
@@ -247,28 +244,3 @@ def test_gradients_of_each_example_by_vmap():
         w = weight.clone().requires_grad_()
         loss(w, hidden[i], targets[i]).backward()
         torch.testing.assert_close(each[i], w.grad, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.skipif(backends.extension is None or platform.libc_ver()[0] != "glibc", reason="needs pygpt._C and glibc")
-@pytest.mark.parametrize("limited", [False, True], ids=["", "with a limit on address space"])
-def test_the_tuned_allocator_keeps_memory_and_has_huge_pages(limited: bool):
-    """In a process of its own: memory is taken as it is used, in huge pages, and stays; a limited process is left room."""
-    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    huge = setting.exists() and "[never]" not in setting.read_text() and not limited
-    code = f"""
-        import resource, torch, pygpt
-        def mib(name, file="smaps_rollup"):
-            return next(int(line.split()[1]) for line in open(f"/proc/self/{{file}}") if line.startswith(name)) / 1024
-        if {limited}:
-            resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))
-        before, space = mib("Rss"), mib("VmSize", "status")
-        assert pygpt.tune_allocator() and pygpt.tune_allocator()
-        assert mib("Rss") - before < 8
-        assert mib("VmSize", "status") - space < 64 or not {limited}
-        table = torch.ones(100, 1 << 20, dtype=torch.uint8)
-        assert 90 < mib("Rss") - before < 120
-        assert mib("AnonHuge") > 80 or not {huge}
-        del table
-        assert mib("Rss") - before > 90
-        """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)

@@ -412,11 +412,9 @@ def tune_allocator() -> bool:
     """Let the C library keep freed memory instead of returning it to the kernel, in this process from now on.
 
     A training step frees and allocates the same large tensors again and again; by default glibc maps fresh pages each
-    time, and on CPUs up to a third of the step goes into page faults. Memory taken afterwards comes in huge pages where
-    Linux has them (call this before a model is made or loaded): generation reads its weights 1.1 times as fast. `pygpt
-    pretrain` and its like do this by themselves; importing pygpt changes nothing. Peak memory stays about the same, but it
-    is not given back, and the heap's address space grows at once to half of the machine's memory. Returns whether it had an
-    effect: False without compiled kernels or glibc.
+    time, and on CPUs up to a third of the step goes into page faults. `pygpt pretrain` does this by itself; importing pygpt
+    changes nothing. Peak memory stays about the same, but it is not given back. Returns whether it had an effect: False
+    without compiled kernels or glibc.
     """
     return extension is not None and extension.tune_allocator()
 
