@@ -26,9 +26,10 @@ test: $(VENV)/.test             ## every test
 
 # The Triton of torch 2.10 and 2.11, laid over the one of $(VENV).
 TRITON := build/triton-3.6.0
+TRITON_TESTS := tests/test_triton.py tests/test_triton_adamw.py tests/test_triton_compile.py
 test-triton: $(VENV)/.test      ## the Triton kernels' tests with the oldest Triton that they work with
 	test -d $(TRITON) || $(PIP) install -q --no-deps --target $(TRITON) triton==3.6.0
-	PYTHONPATH=$(TRITON) $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_triton.py tests/test_triton_adamw.py tests/test_triton_compile.py
+	PYTHONPATH=$(TRITON) $(BIN)/python -m pytest -n 2 --dist worksteal $(TRITON_TESTS)
 
 # $(call build-beside,FOLDER,OPTIONS): another build of the package in FOLDER, an environment of its own that sees the packages
 # of $(VENV). Tests run in that folder, where no sources shadow what was installed.
