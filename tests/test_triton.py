@@ -581,3 +581,10 @@ def test_gelu_far_out():
     assert torch.equal(kgelu.bias_gelu_forward(x, None), x.clamp(min=0))
     assert torch.equal(kgelu.bias_gelu_backward(torch.ones_like(x), x, None)[0], slope[None])
     assert kgelu.bias_gelu_backward(torch.ones_like(x), x * torch.nan, None)[0].isnan().all()
+
+
+def test_gradients_side_by_side_need_queries_and_keys_alike():
+    q, k = draw(1, 4, 1, 16), draw(1, 20, 1, 16)
+    lse = torch.zeros(1, 1, 4, device=q.device)
+    with pytest.raises(ValueError, match=r"must have one shape, got 4 queries, 20 keys"):
+        kgrad.causal_attention_backward_packed(q, q, k, k, q, lse, 0.25, 0.0, None)

@@ -166,8 +166,8 @@ def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, ...]:
     """q, k and v, views of a packed projection: qkv (B, T, 3C) -> (B, T, H, D) each, H = n_head and D = C // H.
 
     The same as qkv.view(B, T, 3, H, D).unbind(2), whose backward copies the three gradients into one tensor. Where kernels
-    answer `causal_attention` this one does not: they write its gradients side by side in such a tensor. (On a GPU, of fewer
-    than 4 million elements, the copy takes less time than this function.)
+    answer `causal_attention` this one does not: they write its gradients side by side in such a tensor. (On a GPU
+    fewer than 4 million elements are copied: that takes the host less time than a function in Python.)
     """
     if (
         not torch.compiler.is_compiling()

@@ -29,7 +29,7 @@ class Choice(NamedTuple):
 H200 = "NVIDIA H200, {}: bench/LOG.md, 2026-11-27, on an H200".format
 MEASURED: tuple[Choice, ...] = (
     Choice(
-        "causal_attention", (9, 0), 16, "cuda", H200("D 64 and 128, T 512 to 16,384, 1.07 to 1.80 times SDPA's flash")
+        "causal_attention", (9, 0), 16, "cuda", H200("D 64 and 128, T 512 to 16,384, 1.07 to 1.84 times SDPA's flash")
     ),
     Choice("layer_norm", (9, 0), 16, "cuda", H200("C 768 to 4,096, 1.1 to 3.0 times eager, 12,288 1.0")),
     Choice("layer_norm", (9, 0), 32, "cuda", H200("C 1,024, 1.4 times eager")),
