@@ -367,17 +367,20 @@ static void backward_row(const AttentionShape& shape, const TileBuffers& w, int6
 // Up to 32 rows of a gradient times `factor`, from its blocks, which are transposed if ACROSS.
 template <bool ACROSS>
 static void store_result_rows(const float* from, int64_t rows, int64_t D, float factor, bf16* to, int64_t stride) {
-  for (int64_t d = 0; d < D; d += kLanes)
+  for (int64_t d = 0; d < D; d += kStep, from += kResult)
     for (int64_t r = 0; r < rows; r += kLanes) {
-      const int64_t i = d % kStep / kLanes, j = r / kLanes;
-      const float* tile = from + d / kStep * kResult + (ACROSS ? i * 2 + j : j * 2 + i) * kTile;
-      vf block[kLanes];
+      __m512i row[kLanes];
+      if constexpr (ACROSS) {
+        load_rows_of_columns(from + r / kLanes * kTile, 2 * kTile, splat(factor), row);
+      } else {
+        const float* tile = from + r / kLanes * 2 * kTile;
 #pragma GCC unroll 16
-      for (int l = 0; l < kLanes; ++l) block[l] = load(tile + l * kLanes) * factor;
-      if constexpr (ACROSS) transpose<kLanes / 2>(block);
+        for (int l = 0; l < kLanes; ++l)
+          row[l] = (__m512i)pair_along(load(tile + l * kLanes) * factor, load(tile + kTile + l * kLanes) * factor);
+      }
 #pragma GCC unroll 16
       for (int l = 0; l < kLanes; ++l)
-        if (r + l < rows) store_step(to + (r + l) * stride + d, block[l], smaller(kLanes, D - d));
+        if (r + l < rows) store_slice(to + (r + l) * stride, d, D, row[l]);
     }
 }
 

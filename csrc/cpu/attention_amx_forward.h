@@ -342,13 +342,10 @@ inline void TiledForward::finish(float* lse) const {
   for (int64_t r = 0; r < rows; r += kSide, to += kSide * out.time) {
     const float* o = output + r / kSide * tiles * kTile;
     const vf sum = load(sums + r), factor = kept / sum;
-    for (int64_t d = 0; d < D; d += kSide, o += kTile) {
-      vf block[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) block[i] = load(o + i * kSide) * factor;
-      transpose<kLanes / 2>(block);
-      for (int64_t i = 0; i < smaller(kSide, rows - r); ++i)
-        store_step(to + i * out.time + d, block[i], smaller(kSide, D - d));
+    for (int64_t d = 0; d < D; d += 32, o += 2 * kTile) {
+      __m512i row[kLanes];
+      load_rows_of_columns(o, kTile, factor, row);
+      for (int64_t i = 0; i < smaller(kSide, rows - r); ++i) store_slice(to + i * out.time, d, D, row[i]);
     }
     store_step(lse + r, (load(largest + r) + vlog2(sum)) * kLn2, smaller(kSide, rows - r));
   }

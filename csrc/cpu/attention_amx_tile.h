@@ -239,6 +239,23 @@ PYGPT_INLINE __m512i load_slice(const bf16* row, int64_t d, int64_t D, bool pres
   return _mm512_maskz_loadu_epi16(present ? _bzhi_u32(~0u, static_cast<unsigned>(smaller(D - d, 32))) : 0, row + d);
 }
 
+PYGPT_INLINE void store_slice(bf16* row, int64_t d, int64_t D, __m512i slice) {
+  _mm512_mask_storeu_epi16(row + d, _bzhi_u32(~0u, static_cast<unsigned>(smaller(D - d, 32))), slice);
+}
+
+// Slices of 16 rows, rounded, from two tiles that hold 32 columns in their rows, each times `factor`, a lane per row.
+PYGPT_INLINE void load_rows_of_columns(const float* tile, int64_t next_tile, vf factor, __m512i row[kLanes]) {
+  vf pairs[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    const float* columns = tile + i / 8 * next_tile + i % 8 * 2 * kSide;
+    pairs[i] = pair_across(load(columns) * factor, load(columns + kSide) * factor);
+  }
+  transpose<kLanes / 2>(pairs);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) row[i] = (__m512i)pairs[i];
+}
+
 // Elements' magnitudes are in the order of their bits.
 PYGPT_INLINE __m512i larger_magnitudes(__m512i largest, __m512i of) {
   return _mm512_max_epu16(largest, _mm512_and_si512(of, _mm512_set1_epi16(0x7fff)));
