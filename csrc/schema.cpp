@@ -65,13 +65,13 @@ STABLE_TORCH_LIBRARY(pygpt, m) {
   m.def("column_sum(Tensor x) -> Tensor");
   m.def("linear_int8(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor");
 
-  // A transformer block for the few tokens of a step of generation. x (B, T, C), and residual, which is not yet added to it ->
-  // the same pair, one block on. norms: weights of both LayerNorms, then their biases, or none; linears: (3C, C), (C, C),
-  // (4C, C), (C, 4C), then their biases, or none; scales: as linear_int8, or none. The caches (layers, rows, columns, H, D)
-  // hold `past` tokens, and get those of x.
+  // A model's blocks and last LayerNorm for the few tokens of a step of generation: x (B, T, C) -> (B, T, C). norms: the
+  // weights of each block's LayerNorms and of the last one; linears: of each block's (3C, C), (C, C), (4C, C), (C, 4C); both
+  // followed by as many biases, or none; scales: as linear_int8, or none. The caches (layers, rows, columns, H, D) hold
+  // `past` tokens, and get those of x.
   m.def(
-      "decode_block(Tensor x, Tensor? residual, Tensor[] norms, Tensor[] linears, Tensor[] scales, Tensor(a!) k_cache, "
-      "Tensor(b!) v_cache, int layer, int past, float eps, Tensor? document_start) -> (Tensor, Tensor)");
+      "decode_blocks(Tensor x, Tensor[] norms, Tensor[] linears, Tensor[] scales, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+      "int past, float eps, Tensor? document_start) -> Tensor");
 
   // a (M, K), b (K, N), bias (N,), bfloat16 -> a @ b + bias: on processors with AMX
   m.def("matmul(Tensor a, Tensor b, Tensor? bias) -> Tensor");

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from pygpt import ops
 from pygpt.errors import InputError, InputTypeError
 from pygpt.generate import Generation
-from pygpt.nn import Block, Embedding, Int8Linear, KVCache, LayerNorm, Linear
+from pygpt.nn import Block, Embedding, Int8Linear, KVCache, LayerNorm, Linear, decoding_parameters
+from pygpt.ops.decode_blocks import decode_blocks
 
 # name: n_layer, n_head, n_embd, block_size. GPT-3's table gives its 1.3B model 24 heads and its 13B model a width of 5140,
 # which do not divide; 16 heads and 5120 are what everyone uses.
@@ -123,9 +124,13 @@ class Transformer(nn.Module):
         else:
             x = self.wte(idx, tied=tied) + self.wpe(self._positions(idx, past, document_start))
         x, residual = self.drop(x), None
-        for block in self.h:
-            x, residual = block(x, residual, cache, document_start)
-        x, _ = self.ln_f(x, residual)
+        if cache is not None and (parameters := decoding_parameters(self.h, self.ln_f, x, cache)):
+            cache.check_room(idx.shape[1])
+            x = decode_blocks(x, *parameters, cache.k, cache.v, past, self.ln_f.eps, document_start)
+        else:
+            for block in self.h:
+                x, residual = block(x, residual, cache, document_start)
+            x, _ = self.ln_f(x, residual)
         if cache is not None:
             cache.length += idx.shape[1]
         return x

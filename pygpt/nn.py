@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from pygpt import ops
 from pygpt.errors import InputError
-from pygpt.ops.decode_block import decode_block, decodes_blocks
+from pygpt.ops.decode_blocks import decodes_blocks
 from pygpt.ops.embedding import tied_embedding
 
 if TYPE_CHECKING:
@@ -65,13 +66,14 @@ class Int8Linear(nn.Module):
 
     weight: Tensor
     scale: Tensor
+    bias: nn.Parameter | None
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight, scale = ops.quantize_int8(linear.weight)
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
-        self.bias = linear.bias
+        self.register_parameter("bias", linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., N)."""
@@ -183,33 +185,51 @@ class Block(nn.Module):
         document_start: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x: output of the layer before, not yet added to `residual` (None at the start) -> the same pair, one block on."""
-        if cache is not None and (parameters := self._to_decode(x)):
-            cache.check_room(x.shape[1])
-            k, v, layer, eps = cache.k, cache.v, self.attn.layer, self.ln_1.eps
-            return decode_block(x, residual, *parameters, k, v, layer, cache.length, eps, document_start)
         x, residual = self.ln_1(x, residual)
         x = self.attn(x, cache, document_start)
         x, residual = self.ln_2(x, residual)
         return self.mlp(x), residual
 
-    def _to_decode(self, x: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]] | None:
-        """This block's parameters for `decode_block`, or None where that cannot take the place of its modules."""
-        attn, mlp = self.attn, self.mlp
-        if self.training or self.ln_1.eps != self.ln_2.eps or not decodes_blocks(x, x.shape[-1] // attn.n_head):
+
+def decoding_parameters(
+    blocks: nn.ModuleList, ln_f: LayerNorm, x: Tensor, cache: KVCache
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]] | None:
+    """What `decode_blocks` takes of all blocks and the last LayerNorm, or None where that cannot take these modules' place:
+    nobody's hooks, modules or forwards of their own are passed over."""
+    if not decodes_blocks(x, cache.k.shape[4]) or _has_any_global_hook():
+        return None
+    # Through these dictionaries it takes half of the time that attributes take, in which the memory of weights lies idle.
+    others: list[Any] = []
+    norms: list[Any] = []
+    linears: list[Any] = []
+    for layer, block in enumerate(blocks._modules.values()):
+        of_block: dict[str, Any] = {} if block is None else block._modules
+        attn, mlp = of_block.get("attn"), of_block.get("mlp")
+        if type(block) is not Block or type(attn) is not CausalSelfAttention or type(mlp) is not MLP:
             return None
-        norms, linears = [self.ln_1, self.ln_2], [attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj]
-        kind = type(attn.c_attn)
-        if kind not in (Linear, Int8Linear) or any(type(linear) is not kind for linear in linears):
-            return None  # LoRA's, for example
-        for module in (attn, mlp, *norms, *linears):
-            # Nobody's hooks, nor a forward of their own on one module, are passed over.
-            if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-                return None
-        modules: list[Any] = [*norms, *linears]
-        weights: list[Tensor] = [module.weight for module in modules]
-        biases: list[Tensor] = [module.bias for module in modules if module.bias is not None]
-        floating = weights + biases if kind is Linear else weights[:2] + biases
-        if len(biases) not in (0, 6) or any(p.dtype != x.dtype or not p.is_contiguous() for p in floating):
+        if attn.n_head != cache.k.shape[3] or attn.layer != layer or attn.training or mlp.training:
             return None
-        scales = [module.scale for module in modules[2:]] if kind is Int8Linear else []
-        return weights[:2] + biases[:2], weights[2:] + biases[2:], scales
+        of_attn: dict[str, Any] = attn._modules
+        of_mlp: dict[str, Any] = mlp._modules
+        others += (block, attn, mlp)
+        norms += (of_block["ln_1"], of_block["ln_2"])
+        linears += (of_attn["c_attn"], of_attn["c_proj"], of_mlp["c_fc"], of_mlp["c_proj"])
+    norms.append(ln_f)
+    kind = type(linears[0])
+    if kind not in (Linear, Int8Linear) or any(type(linear) is not kind for linear in linears):  # LoRA's, for example
+        return None
+    if any(type(norm) is not LayerNorm or norm.eps != ln_f.eps for norm in norms):
+        return None
+    for module in (*others, *norms, *linears):
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+            return None
+
+    int8 = kind is Int8Linear
+    modules, n = norms + linears, len(norms)
+    weights = [norm._parameters["weight"] for norm in norms]
+    weights += [(linear._buffers if int8 else linear._parameters)["weight"] for linear in linears]
+    biases = [bias for module in modules if (bias := module._parameters["bias"]) is not None]
+    floating = weights[:n] + biases if int8 else weights + biases
+    if len(biases) not in (0, len(modules)) or any(p.dtype != x.dtype or not p.is_contiguous() for p in floating):
+        return None
+    return weights[:n] + biases[:n], weights[n:] + biases[n:], [linear.scale for linear in linears] if int8 else []

@@ -66,29 +66,30 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, double dropout_p, 
 }
 
 // Each query's first key, clamped to those it may see, as the kernels read it; absent where there are no documents.
-std::optional<Tensor> first_keys(const Tensor& q, const Tensor& k, const std::optional<Tensor>& document_start,
-                                 const char* op) {
+std::optional<Tensor> first_keys(const AttentionShape& sizes, const std::optional<Tensor>& document_start, const char* op) {
   if (!document_start) return std::nullopt;
   const Tensor& from = *document_start;
-  const int64_t B = q.size(0), T = q.size(1);
+  const int64_t B = sizes.B, T = sizes.T;
   PYGPT_CHECK(from.scalar_type() == ScalarType::Int && from.dim() == 2 && from.size(0) == B && from.size(1) == T, op,
               ": document_start must be int32 (B, T)");
-  Tensor to = new_empty(q, {B, T}, ScalarType::Int);
+  Tensor to = new_empty(from, {B, T}, ScalarType::Int);
   const int32_t* given = from.const_data_ptr<int32_t>();
   int32_t* clamped = to.mutable_data_ptr<int32_t>();
   for (int64_t b = 0; b < B; ++b)
     for (int64_t t = 0; t < T; ++t) {
       const int64_t start = given[b * from.stride(0) + t * from.stride(1)];
-      *clamped++ = static_cast<int32_t>(std::clamp<int64_t>(start, 0, t + k.size(1) - T));
+      *clamped++ = static_cast<int32_t>(std::clamp<int64_t>(start, 0, t + sizes.S - T));
       PYGPT_CHECK(t == 0 || clamped[-2] <= clamped[-1], op, ": document_start must not decrease along T");
     }
   return to;
 }
 
-AttentionShape shape_of(const Tensor& q, const Tensor& k, double scale, double dropout_p,
-                        const std::optional<Tensor>& seed, const std::optional<Tensor>& first_keys) {
-  AttentionShape shape{};
-  shape.B = q.size(0), shape.T = q.size(1), shape.H = q.size(2), shape.S = k.size(1), shape.D = q.size(3);
+AttentionShape sizes_of(const Tensor& q, const Tensor& k) {
+  return {q.size(0), q.size(1), q.size(2), k.size(1), q.size(3)};
+}
+
+AttentionShape shape_of(AttentionShape shape, double scale, double dropout_p, const std::optional<Tensor>& seed,
+                        const std::optional<Tensor>& first_keys) {
   shape.scale = static_cast<float>(scale);
   shape.pairs = static_cast<double>(shape.B) * shape.T * (shape.S - shape.T / 2);
   if (first_keys) {
@@ -144,33 +145,50 @@ int64_t backward_workspace(const AttentionShape& shape) {
 Tensor workspace(const Tensor& like, int64_t floats) { return new_empty(like, {floats}, ScalarType::Float); }
 
 template <class T>
-void forward(const AttentionShape& shape, const Tensor& q, const Tensor& k, const Tensor& v, T* out, float* lse) {
+struct ForwardInputs {
+  HeadView<const T> q, k, v;
+};
+
+template <class T>
+void forward(const AttentionShape& shape, const ForwardInputs<T>& in, T* out, float* lse, const Tensor& like) {
   const int64_t blocks = shape.query_blocks(), size = shape.forward_workspace();
   const auto cost = [&](int64_t head, int64_t block) {
     return shape.end_key_block(block) - shape.first_key_block(head, block);
   };
   const int64_t parts = threads_for(4.0 * shape.H * shape.pairs * shape.D);
-  Tensor space = workspace(q, parts * size);
+  Tensor space = workspace(like, parts * size);
   float* base = space.mutable_data_ptr<float>();
   const auto kernel = forward_kernel<T>();
   torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
     for (int64_t part = first; part < last; ++part)
-      kernel(shape, view<T>(q), view<T>(k), view<T>(v), out, lse, base + part * size,
+      kernel(shape, in.q, in.k, in.v, out, lse, base + part * size,
              bound(shape, blocks, part, parts, cost), bound(shape, blocks, part + 1, parts, cost));
   });
 }
 
 template <class T>
-void decode(const AttentionShape& shape, const Tensor& q, const Tensor& k, const Tensor& v, T* out, float* lse) {
+void decode(const AttentionShape& shape, const ForwardInputs<T>& in, T* out, float* lse, const Tensor& like) {
   const int64_t heads = shape.B * shape.H, items = heads * shape.decode_chunks();
-  Tensor space = workspace(q, items * shape.decode_workspace());
+  Tensor space = workspace(like, items * shape.decode_workspace());
   float* base = space.mutable_data_ptr<float>();
-  const int64_t grain = items / threads_for(16.0 * heads * shape.S * shape.D);
+  const int64_t grain = items / threads_for(128.0 * heads * shape.S * shape.D);
   const auto kernel = PYGPT_DISPATCH_PRODUCTS(attention_decode<T>);
   torch::stable::parallel_for(0, items, std::max<int64_t>(grain, 1), [&](int64_t first, int64_t last) {
-    kernel(shape, view<T>(q), view<T>(k), view<T>(v), base, first, last);
+    kernel(shape, in.q, in.k, in.v, base, first, last);
   });
   PYGPT_DISPATCH_PRODUCTS(attention_decode_join<T>)(shape, base, out, lse, 0, heads);
+}
+
+// Fills out (B, T, H, D), like q, and returns lse (B, H, T). inputs(T{}): ForwardInputs<T>.
+template <class Inputs>
+Tensor attend(const AttentionShape& shape, const Tensor& q, const Inputs& inputs, Tensor& out) {
+  Tensor lse = new_empty(q, {shape.B, shape.H, shape.T}, ScalarType::Float);
+  const auto run = [&]<class T>(T) {
+    const auto path = shape.T <= kDecodeQueries ? decode<T> : forward<T>;
+    path(shape, inputs(T{}), static_cast<T*>(out.mutable_data_ptr()), lse.mutable_data_ptr<float>(), q);
+  };
+  if (lse.numel()) q.scalar_type() == ScalarType::Float ? run(float{}) : run(bf16{});
+  return lse;
 }
 
 }  // namespace
@@ -178,18 +196,32 @@ void decode(const AttentionShape& shape, const Tensor& q, const Tensor& k, const
 std::tuple<Tensor, Tensor> causal_attention_forward(Tensor q, Tensor k, Tensor v, double scale, double dropout_p,
                                                     std::optional<Tensor> seed,
                                                     std::optional<Tensor> document_start) {
-  check(q, k, v, dropout_p, seed, "causal_attention_forward");
+  const char* op = "causal_attention_forward";
+  check(q, k, v, dropout_p, seed, op);
   q = unit_stride(q), k = unit_stride(k), v = unit_stride(v);
-  document_start = first_keys(q, k, document_start, "causal_attention_forward");
-  const AttentionShape shape = shape_of(q, k, scale, dropout_p, seed, document_start);
-  Tensor out = new_empty(q, {shape.B, shape.T, shape.H, shape.D}, q.scalar_type());
-  Tensor lse = new_empty(q, {shape.B, shape.H, shape.T}, ScalarType::Float);
-  const auto run = [&]<class T>(T) {
-    const auto path = shape.T <= kDecodeQueries ? decode<T> : forward<T>;
-    path(shape, q, k, v, static_cast<T*>(out.mutable_data_ptr()), lse.mutable_data_ptr<float>());
-  };
-  if (lse.numel()) q.scalar_type() == ScalarType::Float ? run(float{}) : run(bf16{});
+  document_start = first_keys(sizes_of(q, k), document_start, op);
+  const AttentionShape shape = shape_of(sizes_of(q, k), scale, dropout_p, seed, document_start);
+  Tensor out = new_like(q);
+  Tensor lse = attend(shape, q, [&]<class T>(T) { return ForwardInputs<T>{view<T>(q), view<T>(k), view<T>(v)}; }, out);
   return {out, lse};
+}
+
+Tensor causal_attention_of_cache(const Tensor& qkv, const Tensor& k_cache, const Tensor& v_cache, int64_t layer,
+                                 int64_t past, std::optional<Tensor> document_start) {
+  const int64_t B = qkv.size(0), T = qkv.size(1), H = k_cache.size(3), D = k_cache.size(4), C = H * D;
+  const AttentionShape sizes{B, T, H, past + T, D};
+  document_start = first_keys(sizes, document_start, "causal_attention_of_cache");
+  const AttentionShape shape = shape_of(sizes, 1 / std::sqrt(static_cast<double>(D)), 0, std::nullopt, document_start);
+  Tensor out = new_empty(qkv, {B, T, C}, qkv.scalar_type());
+  attend(shape, qkv, [&]<class X>(X) {
+    const auto of_cache = [&](const Tensor& cache) {
+      const X* data = static_cast<const X*>(cache.const_data_ptr()) + layer * cache.stride(0);
+      return HeadView<const X>{data, cache.stride(1), cache.stride(2), D};
+    };
+    const HeadView<const X> q{static_cast<const X*>(qkv.const_data_ptr()), T * 3 * C, 3 * C, D};
+    return ForwardInputs<X>{q, of_cache(k_cache), of_cache(v_cache)};
+  }, out);
+  return out;
 }
 
 namespace {
@@ -253,8 +285,8 @@ void fill_gradients(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tenso
                     const std::optional<Tensor>& seed, std::optional<Tensor> document_start, const Gradients& grads,
                     const char* op) {
   const auto dtype = q.scalar_type();
-  document_start = first_keys(q, k, document_start, op);
-  const AttentionShape shape = shape_of(q, k, scale, dropout_p, seed, document_start);
+  document_start = first_keys(sizes_of(q, k), document_start, op);
+  const AttentionShape shape = shape_of(sizes_of(q, k), scale, dropout_p, seed, document_start);
   for (const Tensor* x : {&grad, &out}) {
     PYGPT_CHECK(x->dim() == 4 && x->scalar_type() == dtype, op, ": grad and out must be like q");
     for (int i = 0; i < 4; ++i) PYGPT_CHECK(x->size(i) == q.size(i), op, ": grad and out must be like q");

@@ -10,6 +10,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward(Tensor x, Tens
                                                                   std::optional<Tensor> bias, double eps);
 std::tuple<Tensor, Tensor> causal_attention_forward(Tensor q, Tensor k, Tensor v, double scale, double dropout_p,
                                                     std::optional<Tensor> seed, std::optional<Tensor> document_start);
+// Of the queries in qkv (B, T, 3C), contiguous, against the `past` tokens and the T new ones that a layer of the caches
+// (layers, rows, columns, H, D) holds, a token's heads being neighbours -> (B, T, C).
+Tensor causal_attention_of_cache(const Tensor& qkv, const Tensor& k_cache, const Tensor& v_cache, int64_t layer,
+                                 int64_t past, std::optional<Tensor> document_start);
 Tensor gelu_forward(Tensor x);
 Tensor linear_few_rows(Tensor x, Tensor weight, std::optional<Tensor> bias);
 Tensor linear_int8(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> bias);
