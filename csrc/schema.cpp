@@ -46,9 +46,13 @@ STABLE_TORCH_LIBRARY(pygpt, m) {
   m.def(
       "causal_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, "
       "float dropout_p, Tensor? seed, Tensor? document_start=None) -> (Tensor, Tensor, Tensor)");
-  // The same for S == T, the gradients in one tensor (B, T, 3, H, D), as a packed projection has q, k and v
+  // The same of a packed projection, qkv (B, T, 3C) with C = n_head * D -> out (B, T, C), lse (B, H, T)
   m.def(
-      "causal_attention_backward_packed(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, "
+      "causal_attention_qkvpacked_forward(Tensor qkv, int n_head, float scale, float dropout_p, Tensor? seed, "
+      "Tensor? document_start=None) -> (Tensor, Tensor)");
+  // -> grad_qkv
+  m.def(
+      "causal_attention_qkvpacked_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, int n_head, float scale, "
       "float dropout_p, Tensor? seed, Tensor? document_start=None) -> Tensor");
 
   // GELU with the tanh approximation, elementwise

@@ -23,7 +23,12 @@ OPERATORS = {
     "linear_cross_entropy": ("cross_entropy", ("cross_entropy_rows_",)),
     "causal_attention": (
         "attention",
-        ("causal_attention_forward", "causal_attention_backward", "causal_attention_backward_packed"),
+        (
+            "causal_attention_forward",
+            "causal_attention_backward",
+            "causal_attention_qkvpacked_forward",
+            "causal_attention_qkvpacked_backward",
+        ),
     ),
 }
 # Whether Triton answers an op: always, only where nothing else does, or by the operator's arguments.

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pygpt.kernels.attention_backward import causal_attention_backward as causal_attention_backward
-from pygpt.kernels.attention_backward import causal_attention_backward_packed as causal_attention_backward_packed
+from pygpt.kernels.attention_backward import causal_attention_qkvpacked_backward as causal_attention_qkvpacked_backward
 from pygpt.kernels.attention_tile import (
     ANY,
     HOPPER,
@@ -27,6 +27,7 @@ from pygpt.kernels.attention_tile import (
     Config,
     Row,
     block_d,
+    by_head,
     choose,
     dot_rows,
     dropout_numbers,
@@ -233,3 +234,11 @@ def causal_attention_forward(
             into, into_lse, out, lse, B, H, T, splits, D=D, BLOCK_D=block, num_warps=1, **FUSED
         )
     return out, lse
+
+
+def causal_attention_qkvpacked_forward(
+    qkv: Tensor, n_head: int, scale: float, dropout_p: float, seed: Tensor | None, document_start: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same of a packed projection: qkv (B, T, 3C) -> out (B, T, C), lse (B, H, T) float32."""
+    out, lse = causal_attention_forward(*by_head(qkv, n_head), scale, dropout_p, seed, document_start)
+    return out.flatten(2), lse

@@ -21,6 +21,7 @@ from pygpt.kernels.attention_tile import (
     Config,
     Row,
     block_d,
+    by_head,
     choose,
     dot_rows,
     dropout_numbers,
@@ -246,24 +247,19 @@ def causal_attention_backward(
     return grad_q, grad_k, grad_v
 
 
-def causal_attention_backward_packed(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, dropout_p: float,
+def causal_attention_qkvpacked_backward(
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, scale: float, dropout_p: float,
     seed: Tensor | None, document_start: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The same for S == T, the gradients in one tensor (B, T, 3, H, D)."""
-    B, T, H, D = q.shape
-    if k.shape[1] != T:
-        raise ValueError(
-            f"causal_attention_backward_packed: q, k and v must have one shape, got {T} queries, {k.shape[1]} keys"
-        )
+    """The same of a packed projection -> grad_qkv (B, T, 3C), contiguous."""
+    q, k, v = by_head(qkv, n_head)
+    D = q.shape[3]
+    tensors = (grad.view(q.shape), q, k, v, out.view(q.shape))
     if D % 16:
-        packed = causal_attention_backward_packed(
-            *padded(grad, q, k, v, out), lse, scale, dropout_p, seed, document_start
-        )
-        return packed[..., :D].contiguous()
-    packed = q.new_empty(B, T, 3, H, D)
-    _write_gradients(*packed.unbind(2), grad, q, k, v, out, lse, scale, dropout_p, seed, document_start)
-    return packed
+        tensors = padded(*tensors)
+    packed = q.new_empty(*q.shape[:2], 3, *tensors[1].shape[2:])
+    _write_gradients(*packed.unbind(2), *tensors, lse, scale, dropout_p, seed, document_start)
+    return packed[..., :D].flatten(2)
 
 
 def _write_gradients(

@@ -144,6 +144,12 @@ def unit_last(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
+def by_head(qkv: Tensor, n_head: int) -> tuple[Tensor, ...]:
+    """q, k and v, (B, T, H, D) each, of a packed projection (B, T, 3C)."""
+    B, T, width = qkv.shape
+    return qkv.view(B, T, 3, n_head, width // (3 * n_head)).unbind(2)
+
+
 def padded(*tensors: Tensor) -> list[Tensor]:
     """With heads padded by zeros to a multiple of 16."""
     return [F.pad(x, (0, -x.shape[3] % 16)) for x in tensors]

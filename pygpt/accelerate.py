@@ -41,10 +41,9 @@ def _conv1d(self: Any, x: Tensor) -> Tensor:
 
 
 def _nanogpt_attention(self: Any, x: Tensor) -> Tensor:
-    B, T, C = x.shape
-    q, k, v = ops.split_heads(self.c_attn(x), self.n_head)  # (B, T, H, D) each
-    y = ops.causal_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-    return self.resid_dropout(self.c_proj(y.reshape(B, T, C)))
+    dropout_p = self.dropout if self.training else 0.0
+    y = ops.causal_attention_qkvpacked(self.c_attn(x), self.n_head, dropout_p=dropout_p)
+    return self.resid_dropout(self.c_proj(y))
 
 
 def _is_nanogpt_attention(module: nn.Module) -> bool:

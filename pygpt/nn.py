@@ -146,12 +146,15 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None = None, document_start: Tensor | None = None) -> Tensor:
         B, T, C = x.shape
-        q, k, v = ops.split_heads(self.c_attn(x), self.n_head)  # (B, T, H, D) each
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)  # (B, S, H, D)
+        qkv = self.c_attn(x)
         dropout_p = self.dropout if self.training else 0.0
-        y = ops.causal_attention(q, k, v, dropout_p=dropout_p, document_start=document_start)  # (B, T, H, D)
-        return F.dropout(self.c_proj(y.reshape(B, T, C)), self.dropout, self.training)
+        if cache is None:
+            y = ops.causal_attention_qkvpacked(qkv, self.n_head, None, dropout_p, document_start)  # (B, T, C)
+        else:
+            q, k, v = qkv.view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # (B, T, H, D) each
+            k, v = cache.append(self.layer, k, v)  # (B, S, H, D)
+            y = ops.causal_attention(q, k, v, None, dropout_p, document_start).view(B, T, C)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
 class MLP(nn.Module):

@@ -201,14 +201,14 @@ def test_attention_of_views(op, layout):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(2, 140, 3, 64), (1, 130, 2, 128), (2, 70, 2, 40)], ids=str)
-def test_attention_with_gradients_side_by_side(op, shape, dtype):
+def test_attention_of_a_packed_projection(op, shape, dtype):
     B, T, H, D = shape
     q, k, v = random(B, T, 3, H, D, dtype=dtype).unbind(2)
     grad = random(*shape, dtype=dtype, seed=7)
     starts = document_starts([[3, T - 3], [T]][:B])
     for dropout_p, documents in ((0.0, None), (0.25, None), (0.0, starts)):
         compare_attention(Packed(op), q, k, v, grad, dropout_p, document_start=documents)
-        assert op.on_hopper == {"forward": True, "backward_packed": True}
+        assert op.on_hopper == {"qkvpacked_forward": True, "qkvpacked_backward": True}
 
 
 # The last one has a block of keys that no query sees where the queries are the last 90.

@@ -315,25 +315,34 @@ def test_attention_of_views(op, layout, dtype):
 
 
 class Packed:
-    """The operators, of attention's backward the packed one."""
+    """The operators of a packed projection, as those of q, k and v."""
 
     def __init__(self, op: Any) -> None:
-        self.causal_attention_forward = op.causal_attention_forward
-        self.packed = op.causal_attention_backward_packed
+        self.op = op
 
-    def causal_attention_backward(self, *arguments: Any) -> tuple[torch.Tensor, ...]:
+    def causal_attention_forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *settings: Any) -> Any:
+        out, lse = self.op.causal_attention_qkvpacked_forward(pack(q, k, v), q.shape[2], *settings)
+        return out.view(q.shape), lse
+
+    def causal_attention_backward(self, grad: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
+        q, k, v, out, lse, *settings = arguments
         with new_memory_is_nan():
-            packed = self.packed(*arguments)
-        B, T, H, D = arguments[1].shape
-        assert packed.shape == (B, T, 3, H, D)
+            packed = self.op.causal_attention_qkvpacked_backward(
+                grad.flatten(2), pack(q, k, v), out.flatten(2), lse, q.shape[2], *settings
+            )
+        assert packed.shape == (*q.shape[:2], 3 * q.shape[2] * q.shape[3])
         assert packed.is_contiguous()
-        return packed.unbind(2)
+        return packed.unflatten(2, (3, *q.shape[2:])).unbind(2)
+
+
+def pack(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return torch.stack([q, k, v], 2).flatten(2)
 
 
 # Rows of 16-byte pieces and others, a sequence within a tile and one of several.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 70, 3, 64), (1, 130, 2, 128), (2, 40, 2, 40), (2, 70, 3, 33)], ids=str)
-def test_attention_with_gradients_side_by_side(op, shape, dtype):
+def test_attention_of_a_packed_projection(op, shape, dtype):
     B, T, H, D = shape
     q, k, v = random(B, T, 3, H, D, dtype=dtype).unbind(2)
     grad = random(*shape, dtype=dtype, seed=7)
@@ -350,9 +359,11 @@ def test_attention_of_nothing(op):
         assert out.shape == q.shape
         assert torch.equal(grads[1], torch.zeros_like(k))
         assert torch.equal(grads[2], torch.zeros_like(v))
-        if T == S:
-            packed = op.causal_attention_backward_packed(out, q, k, v, out, lse, 0.25, 0.0, None)
-            assert packed.shape == (B, T, 3, H, 16)
+        if T == S and H:
+            out, lse = op.causal_attention_qkvpacked_forward(pack(q, k, v), H, 0.25, 0.0, None)
+            assert out.shape == (B, T, 16 * H)
+            packed = op.causal_attention_qkvpacked_backward(out, pack(q, k, v), out, lse, H, 0.25, 0.0, None)
+            assert packed.shape == (B, T, 3 * 16 * H)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -400,8 +411,13 @@ def test_bad_shapes_are_errors_that_name_the_operator(op):
     for starts in (torch.zeros(2, 6), torch.zeros(2, 5).int(), torch.zeros(12).int()):
         with pytest.raises(RuntimeError, match=r"document_start must be int32 \(B, T\)"):
             op.causal_attention_forward(x, x, x, 1.0, 0.0, None, starts)
-    with pytest.raises(RuntimeError, match="causal_attention_backward_packed: q, k and v must have one shape"):
-        op.causal_attention_backward_packed(x[:, :5], x[:, :5], x, x, x[:, :5], torch.zeros(2, 1, 5), 1.0, 0.0, None)
+    qkv, out, lse = torch.zeros(2, 6, 24), torch.zeros(2, 6, 8), torch.zeros(2, 1, 6)
+    for n_head in (0, 3):
+        with pytest.raises(RuntimeError, match=r"qkvpacked_forward: qkv must be \(B, T, 3C\), C a multiple of n_head"):
+            op.causal_attention_qkvpacked_forward(qkv, n_head, 1.0, 0.0, None)
+    for grad in (out[:, :5], out[..., :7], out.view(2, 6, 1, 8)):
+        with pytest.raises(RuntimeError, match=r"qkvpacked_backward: grad and out must be \(B, T, C\)"):
+            op.causal_attention_qkvpacked_backward(grad, qkv, out, lse, 1, 1.0, 0.0, None)
 
 
 def test_a_launch_that_fails_names_the_operator_and_the_shape(op):

@@ -247,9 +247,17 @@ def attention_case(q, k, v, scale=0.3, dropout_p=0.0, seed=None, document=None):
         assert_close(actual, r.grad, dtype, f"grad {name}", floor)
     with new_memory_is_nan():
         if k.shape[1] == T:
-            packed = kgrad.causal_attention_backward_packed(*saved)
+            side_by_side = torch.cat([x.flatten(2) for x in (q, k, v)], 2)
+            out_c, lse_c = katt.causal_attention_qkvpacked_forward(
+                side_by_side, q.shape[2], scale, dropout_p, seed_tensor, document
+            )
+            assert torch.equal(out_c, out.flatten(2))
+            assert torch.equal(lse_c, lse)
+            packed = kgrad.causal_attention_qkvpacked_backward(
+                grad.flatten(2), side_by_side, out_c, lse, q.shape[2], scale, dropout_p, seed_tensor, document
+            )
             assert packed.is_contiguous()
-            again = packed.unbind(2)
+            again = packed.unflatten(2, (3, q.shape[2], -1)).unbind(2)
         else:
             again = kgrad.causal_attention_backward(*saved)
     for first, second in zip(grads, again, strict=True):
@@ -488,7 +496,7 @@ def test_auto_takes_the_kernel_that_measured_faster_for_the_shape(monkeypatch):
             qkv = [draw(1, T, 2, D, seed=seed) for seed in range(3)]
             assert triton_calls(ops.causal_attention, *qkv) == expected
             packed = torch.cat(qkv, 2).flatten(2)
-            assert triton_calls(lambda x: ops.causal_attention(*ops.split_heads(x, 2)), packed) == expected
+            assert triton_calls(lambda x: ops.causal_attention_qkvpacked(x, 2), packed) == expected
         for T, expected in ((7, 0), (8, 2)):
             idx = torch.arange(T, device=DEVICE)[None]
             assert (
@@ -581,10 +589,3 @@ def test_gelu_far_out():
     assert torch.equal(kgelu.bias_gelu_forward(x, None), x.clamp(min=0))
     assert torch.equal(kgelu.bias_gelu_backward(torch.ones_like(x), x, None)[0], slope[None])
     assert kgelu.bias_gelu_backward(torch.ones_like(x), x * torch.nan, None)[0].isnan().all()
-
-
-def test_gradients_side_by_side_need_queries_and_keys_alike():
-    q, k = draw(1, 4, 1, 16), draw(1, 20, 1, 16)
-    lse = torch.zeros(1, 1, 4, device=q.device)
-    with pytest.raises(ValueError, match=r"must have one shape, got 4 queries, 20 keys"):
-        kgrad.causal_attention_backward_packed(q, q, k, k, q, lse, 0.25, 0.0, None)

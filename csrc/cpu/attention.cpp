@@ -49,20 +49,30 @@ int64_t bound(const AttentionShape& shape, int64_t blocks, int64_t part, int64_t
   return head * blocks;
 }
 
+void check_settings(const Tensor& x, int64_t head_dim, double dropout_p, const std::optional<Tensor>& seed, const char* op) {
+  PYGPT_CHECK(head_dim >= 1 && head_dim <= 256, op, ": the head dimension must be 1 to 256");
+  PYGPT_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16, op,
+              ": tensors must be float32 or bfloat16");
+  PYGPT_CHECK(dropout_p >= 0 && dropout_p < 1, op, ": dropout_p must be in [0, 1)");
+  PYGPT_CHECK(dropout_p == 0 || (seed && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long), op,
+              ": dropout needs a seed, int64 of shape (1,)");
+}
+
 void check(const Tensor& q, const Tensor& k, const Tensor& v, double dropout_p, const std::optional<Tensor>& seed,
            const char* op) {
   PYGPT_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, op, ": q, k, v must be (B, T or S, H, D)");
   for (int i = 0; i < 4; ++i)
     PYGPT_CHECK(k.size(i) == v.size(i) && (i == 1 ? k.size(i) >= q.size(i) : k.size(i) == q.size(i)), op,
                 ": q must be (B, T, H, D) and k, v (B, S, H, D) with S >= T");
-  PYGPT_CHECK(q.size(3) >= 1 && q.size(3) <= 256, op, ": the head dimension must be 1 to 256");
-  PYGPT_CHECK(q.scalar_type() == ScalarType::Float || q.scalar_type() == ScalarType::BFloat16, op,
-              ": q must be float32 or bfloat16");
   PYGPT_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), op,
               ": q, k, v must have the same dtype");
-  PYGPT_CHECK(dropout_p >= 0 && dropout_p < 1, op, ": dropout_p must be in [0, 1)");
-  PYGPT_CHECK(dropout_p == 0 || (seed && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long), op,
-              ": dropout needs a seed, int64 of shape (1,)");
+  check_settings(q, q.size(3), dropout_p, seed, op);
+}
+
+void check_packed(const Tensor& qkv, int64_t n_head, double dropout_p, const std::optional<Tensor>& seed, const char* op) {
+  PYGPT_CHECK(qkv.dim() == 3 && n_head >= 1 && qkv.size(2) % (3 * n_head) == 0, op,
+              ": qkv must be (B, T, 3C), C a multiple of n_head");
+  check_settings(qkv, qkv.size(2) / (3 * n_head), dropout_p, seed, op);
 }
 
 // Each query's first key, clamped to those it may see, as the kernels read it; absent where there are no documents.
@@ -88,6 +98,10 @@ AttentionShape sizes_of(const Tensor& q, const Tensor& k) {
   return {q.size(0), q.size(1), q.size(2), k.size(1), q.size(3)};
 }
 
+AttentionShape sizes_of(const Tensor& qkv, int64_t n_head, int64_t past = 0) {
+  return {qkv.size(0), qkv.size(1), n_head, past + qkv.size(1), qkv.size(2) / (3 * n_head)};
+}
+
 AttentionShape shape_of(AttentionShape shape, double scale, double dropout_p, const std::optional<Tensor>& seed,
                         const std::optional<Tensor>& first_keys) {
   shape.scale = static_cast<float>(scale);
@@ -106,7 +120,10 @@ AttentionShape shape_of(AttentionShape shape, double scale, double dropout_p, co
   return shape;
 }
 
-Tensor unit_stride(const Tensor& x) { return x.stride(3) == 1 || x.size(3) == 1 ? x : torch::stable::contiguous(x); }
+Tensor unit_stride(const Tensor& x) {
+  const int64_t last = x.dim() - 1;
+  return x.stride(last) == 1 || x.size(last) == 1 ? x : torch::stable::contiguous(x);
+}
 
 template <class T>
 HeadView<const T> view(const Tensor& x) {
@@ -116,6 +133,16 @@ HeadView<const T> view(const Tensor& x) {
 template <class T>
 HeadView<T> mutable_view(const Tensor& x) {
   return {static_cast<T*>(x.mutable_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+// q, k or v, part 0, 1 or 2 of the last dimension of x, or, with one part, all of it.
+template <class T>
+HeadView<const T> view_of_part(const Tensor& x, const AttentionShape& shape, int64_t part = 0) {
+  return {static_cast<const T*>(x.const_data_ptr()) + part * shape.H * shape.D, x.stride(0), x.stride(1), shape.D};
+}
+template <class T>
+HeadView<T> mutable_view_of_part(const Tensor& x, const AttentionShape& shape, int64_t part) {
+  return {static_cast<T*>(x.mutable_data_ptr()) + part * shape.H * shape.D, x.stride(0), x.stride(1), shape.D};
 }
 
 template <class T>
@@ -208,18 +235,17 @@ std::tuple<Tensor, Tensor> causal_attention_forward(Tensor q, Tensor k, Tensor v
 
 Tensor causal_attention_of_cache(const Tensor& qkv, const Tensor& k_cache, const Tensor& v_cache, int64_t layer,
                                  int64_t past, std::optional<Tensor> document_start) {
-  const int64_t B = qkv.size(0), T = qkv.size(1), H = k_cache.size(3), D = k_cache.size(4), C = H * D;
-  const AttentionShape sizes{B, T, H, past + T, D};
+  const AttentionShape sizes = sizes_of(qkv, k_cache.size(3), past);
   document_start = first_keys(sizes, document_start, "causal_attention_of_cache");
-  const AttentionShape shape = shape_of(sizes, 1 / std::sqrt(static_cast<double>(D)), 0, std::nullopt, document_start);
-  Tensor out = new_empty(qkv, {B, T, C}, qkv.scalar_type());
+  const AttentionShape shape =
+      shape_of(sizes, 1 / std::sqrt(static_cast<double>(sizes.D)), 0, std::nullopt, document_start);
+  Tensor out = new_empty(qkv, {shape.B, shape.T, shape.H * shape.D}, qkv.scalar_type());
   attend(shape, qkv, [&]<class X>(X) {
     const auto of_cache = [&](const Tensor& cache) {
       const X* data = static_cast<const X*>(cache.const_data_ptr()) + layer * cache.stride(0);
-      return HeadView<const X>{data, cache.stride(1), cache.stride(2), D};
+      return HeadView<const X>{data, cache.stride(1), cache.stride(2), cache.stride(3)};
     };
-    const HeadView<const X> q{static_cast<const X*>(qkv.const_data_ptr()), T * 3 * C, 3 * C, D};
-    return ForwardInputs<X>{q, of_cache(k_cache), of_cache(v_cache)};
+    return ForwardInputs<X>{view_of_part<X>(qkv, shape), of_cache(k_cache), of_cache(v_cache)};
   }, out);
   return out;
 }
@@ -276,31 +302,16 @@ void backward(const AttentionShape& shape, const BackwardInputs<T>& in, const Ba
             });
 }
 
-struct Gradients {  // of q, k and v; unit stride in the last dimension
-  Tensor q, k, v;
-};
-
-// The backward operators but for their results' memory. q, k and v have been checked.
-void fill_gradients(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, double scale, double dropout_p,
-                    const std::optional<Tensor>& seed, std::optional<Tensor> document_start, const Gradients& grads,
-                    const char* op) {
-  const auto dtype = q.scalar_type();
-  document_start = first_keys(sizes_of(q, k), document_start, op);
-  const AttentionShape shape = shape_of(sizes_of(q, k), scale, dropout_p, seed, document_start);
-  for (const Tensor* x : {&grad, &out}) {
-    PYGPT_CHECK(x->dim() == 4 && x->scalar_type() == dtype, op, ": grad and out must be like q");
-    for (int i = 0; i < 4; ++i) PYGPT_CHECK(x->size(i) == q.size(i), op, ": grad and out must be like q");
-  }
-  PYGPT_CHECK(lse.scalar_type() == ScalarType::Float && lse.numel() == shape.B * shape.H * shape.T, op,
+// grad and out, (B, T, H, D) or (B, T, C), and lse; the last two contiguous.
+void check_saved(const AttentionShape& sizes, const Tensor& q, const Tensor& grad, const Tensor& out, const Tensor& lse,
+                 const char* op) {
+  for (const Tensor* x : {&grad, &out})
+    PYGPT_CHECK(x->scalar_type() == q.scalar_type() && x->size(0) == sizes.B && x->size(1) == sizes.T &&
+                    (x->dim() == 4 ? x->size(2) == sizes.H && x->size(3) == sizes.D
+                                   : x->dim() == 3 && x->size(2) == sizes.H * sizes.D),
+                op, ": grad and out must be like q");
+  PYGPT_CHECK(lse.scalar_type() == ScalarType::Float && lse.numel() == sizes.B * sizes.H * sizes.T, op,
               ": lse must be float32 (B, H, T)");
-  q = unit_stride(q), k = unit_stride(k), v = unit_stride(v), grad = unit_stride(grad);
-  out = torch::stable::contiguous(out), lse = torch::stable::contiguous(lse);
-  const auto run = [&]<class T>(T) {
-    backward<T>(shape, {view<T>(q), view<T>(k), view<T>(v), view<T>(grad), static_cast<const T*>(out.const_data_ptr()),
-                        lse.const_data_ptr<float>()},
-                {mutable_view<T>(grads.q), mutable_view<T>(grads.k), mutable_view<T>(grads.v)}, q);
-  };
-  if (grads.k.numel()) dtype == ScalarType::Float ? run(float{}) : run(bf16{});
 }
 
 std::tuple<Tensor, Tensor, Tensor> causal_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out,
@@ -309,20 +320,56 @@ std::tuple<Tensor, Tensor, Tensor> causal_attention_backward(Tensor grad, Tensor
                                                              std::optional<Tensor> document_start) {
   const char* op = "causal_attention_backward";
   check(q, k, v, dropout_p, seed, op);
-  const Gradients grads{new_like(q), new_like(k), new_like(v)};
-  fill_gradients(grad, q, k, v, out, lse, scale, dropout_p, seed, document_start, grads, op);
-  return {grads.q, grads.k, grads.v};
+  PYGPT_CHECK(grad.dim() == 4 && out.dim() == 4, op, ": grad and out must be like q");
+  check_saved(sizes_of(q, k), q, grad, out, lse, op);
+  document_start = first_keys(sizes_of(q, k), document_start, op);
+  const AttentionShape shape = shape_of(sizes_of(q, k), scale, dropout_p, seed, document_start);
+  q = unit_stride(q), k = unit_stride(k), v = unit_stride(v), grad = unit_stride(grad);
+  out = as_contiguous(out), lse = as_contiguous(lse);
+  const Tensor grad_q = new_like(q), grad_k = new_like(k), grad_v = new_like(v);
+  const auto run = [&]<class T>(T) {
+    backward<T>(shape, {view<T>(q), view<T>(k), view<T>(v), view<T>(grad), static_cast<const T*>(out.const_data_ptr()),
+                        lse.const_data_ptr<float>()},
+                {mutable_view<T>(grad_q), mutable_view<T>(grad_k), mutable_view<T>(grad_v)}, q);
+  };
+  if (k.numel()) q.scalar_type() == ScalarType::Float ? run(float{}) : run(bf16{});
+  return {grad_q, grad_k, grad_v};
 }
 
-Tensor causal_attention_backward_packed(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, double scale,
-                                        double dropout_p, std::optional<Tensor> seed,
-                                        std::optional<Tensor> document_start) {
-  const char* op = "causal_attention_backward_packed";
-  check(q, k, v, dropout_p, seed, op);
-  PYGPT_CHECK(k.size(1) == q.size(1), op, ": q, k and v must have one shape");
-  Tensor packed = new_empty(q, {q.size(0), q.size(1), 3, q.size(2), q.size(3)}, q.scalar_type());
-  const auto part = [&](int64_t i) { return torch::stable::select(packed, 2, i); };
-  fill_gradients(grad, q, k, v, out, lse, scale, dropout_p, seed, document_start, {part(0), part(1), part(2)}, op);
+std::tuple<Tensor, Tensor> causal_attention_qkvpacked_forward(Tensor qkv, int64_t n_head, double scale, double dropout_p,
+                                                              std::optional<Tensor> seed,
+                                                              std::optional<Tensor> document_start) {
+  const char* op = "causal_attention_qkvpacked_forward";
+  check_packed(qkv, n_head, dropout_p, seed, op);
+  qkv = unit_stride(qkv);
+  document_start = first_keys(sizes_of(qkv, n_head), document_start, op);
+  const AttentionShape shape = shape_of(sizes_of(qkv, n_head), scale, dropout_p, seed, document_start);
+  Tensor out = new_empty(qkv, {shape.B, shape.T, shape.H * shape.D}, qkv.scalar_type());
+  Tensor lse = attend(shape, qkv, [&]<class T>(T) {
+    return ForwardInputs<T>{view_of_part<T>(qkv, shape, 0), view_of_part<T>(qkv, shape, 1), view_of_part<T>(qkv, shape, 2)};
+  }, out);
+  return {out, lse};
+}
+
+Tensor causal_attention_qkvpacked_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, int64_t n_head, double scale,
+                                           double dropout_p, std::optional<Tensor> seed,
+                                           std::optional<Tensor> document_start) {
+  const char* op = "causal_attention_qkvpacked_backward";
+  check_packed(qkv, n_head, dropout_p, seed, op);
+  PYGPT_CHECK(grad.dim() == 3 && out.dim() == 3, op, ": grad and out must be (B, T, C)");
+  check_saved(sizes_of(qkv, n_head), qkv, grad, out, lse, op);
+  document_start = first_keys(sizes_of(qkv, n_head), document_start, op);
+  const AttentionShape shape = shape_of(sizes_of(qkv, n_head), scale, dropout_p, seed, document_start);
+  qkv = unit_stride(qkv), grad = unit_stride(grad), out = as_contiguous(out), lse = as_contiguous(lse);
+  const Tensor packed = new_like(qkv);
+  const auto run = [&]<class T>(T) {
+    const auto in = [&](int64_t part) { return view_of_part<T>(qkv, shape, part); };
+    const auto to = [&](int64_t part) { return mutable_view_of_part<T>(packed, shape, part); };
+    backward<T>(shape, {in(0), in(1), in(2), view_of_part<T>(grad, shape), static_cast<const T*>(out.const_data_ptr()),
+                        lse.const_data_ptr<float>()},
+                {to(0), to(1), to(2)}, qkv);
+  };
+  if (qkv.numel()) qkv.scalar_type() == ScalarType::Float ? run(float{}) : run(bf16{});
   return packed;
 }
 
@@ -331,7 +378,8 @@ Tensor causal_attention_backward_packed(Tensor grad, Tensor q, Tensor k, Tensor 
 STABLE_TORCH_LIBRARY_IMPL(pygpt, CPU, m) {
   m.impl("causal_attention_forward", TORCH_BOX(&causal_attention_forward));
   m.impl("causal_attention_backward", TORCH_BOX(&causal_attention_backward));
-  m.impl("causal_attention_backward_packed", TORCH_BOX(&causal_attention_backward_packed));
+  m.impl("causal_attention_qkvpacked_forward", TORCH_BOX(&causal_attention_qkvpacked_forward));
+  m.impl("causal_attention_qkvpacked_backward", TORCH_BOX(&causal_attention_qkvpacked_backward));
 }
 
 }  // namespace pygpt

@@ -2,6 +2,7 @@
 
 #include "cuda/attention.h"
 
+#include <array>
 #include <cmath>
 #include <cstdlib>
 #include <limits>
@@ -164,14 +165,40 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor q, Tensor k, Ten
   return {grads.q, grads.k, grads.v};
 }
 
-Tensor backward_packed(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, double scale, double dropout_p,
-                       std::optional<Tensor> seed, std::optional<Tensor> document_start) {
-  const char* op = "causal_attention_backward_packed";
-  check_dimensions(q, k, v, op);
-  PYGPT_CHECK(k.size(1) == q.size(1), op, ": q, k and v must have one shape");
-  Tensor packed = new_empty(q, {q.size(0), q.size(1), 3, q.size(2), q.size(3)}, q.scalar_type());
-  const auto part = [&](int64_t i) { return torch::stable::select(packed, 2, i); };
-  fill_gradients(grad, q, k, v, out, lse, scale, dropout_p, seed, document_start, {part(0), part(1), part(2)}, op);
+// q, k and v, (B, T, H, D) each, of a packed projection.
+std::array<Tensor, 3> split(const Tensor& qkv, int64_t n_head, const char* op) {
+  PYGPT_CHECK(qkv.dim() == 3 && n_head >= 1 && qkv.size(2) % (3 * n_head) == 0, op,
+              ": qkv must be (B, T, 3C), C a multiple of n_head");
+  const Tensor heads =
+      torch::stable::view(qkv, {qkv.size(0), qkv.size(1), 3, n_head, qkv.size(2) / (3 * n_head)});
+  return {torch::stable::select(heads, 2, 0), torch::stable::select(heads, 2, 1), torch::stable::select(heads, 2, 2)};
+}
+
+// (B, T, C) as (B, T, H, D), and the other way round.
+Tensor by_head(const Tensor& x, const Tensor& q, const char* op) {
+  PYGPT_CHECK(x.dim() == 3 && x.size(0) == q.size(0) && x.size(1) == q.size(1) && x.size(2) == q.size(2) * q.size(3), op,
+              ": grad and out must be (B, T, C)");
+  return torch::stable::view(x, {q.size(0), q.size(1), q.size(2), q.size(3)});
+}
+Tensor side_by_side(const Tensor& x) {
+  return torch::stable::view(x, {x.size(0), x.size(1), x.size(2) * x.size(3)});
+}
+
+std::tuple<Tensor, Tensor> qkvpacked_forward(Tensor qkv, int64_t n_head, double scale, double dropout_p,
+                                             std::optional<Tensor> seed, std::optional<Tensor> document_start) {
+  const auto [q, k, v] = split(qkv, n_head, "causal_attention_qkvpacked_forward");
+  const auto [out, lse] = forward(q, k, v, scale, dropout_p, seed, document_start);
+  return {side_by_side(out), lse};
+}
+
+Tensor qkvpacked_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, int64_t n_head, double scale, double dropout_p,
+                          std::optional<Tensor> seed, std::optional<Tensor> document_start) {
+  const char* op = "causal_attention_qkvpacked_backward";
+  const auto [q, k, v] = split(qkv, n_head, op);
+  const Tensor packed = new_empty(qkv, {qkv.size(0), qkv.size(1), qkv.size(2)}, qkv.scalar_type());
+  const auto [grad_q, grad_k, grad_v] = split(packed, n_head, op);
+  fill_gradients(by_head(grad, q, op), q, k, v, by_head(out, q, op), lse, scale, dropout_p, seed, document_start,
+                 {grad_q, grad_k, grad_v}, op);
   return packed;
 }
 
@@ -180,7 +207,8 @@ Tensor backward_packed(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Te
 STABLE_TORCH_LIBRARY_IMPL(pygpt, PYGPT_CUDA_KEY, m) {
   m.impl("causal_attention_forward", TORCH_BOX(&forward));
   m.impl("causal_attention_backward", TORCH_BOX(&backward));
-  m.impl("causal_attention_backward_packed", TORCH_BOX(&backward_packed));
+  m.impl("causal_attention_qkvpacked_forward", TORCH_BOX(&qkvpacked_forward));
+  m.impl("causal_attention_qkvpacked_backward", TORCH_BOX(&qkvpacked_backward));
 }
 
 }  // namespace pygpt::cuda

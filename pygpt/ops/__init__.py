@@ -1,7 +1,7 @@
 """The operators. Each call checks its arguments and goes to the backend that `backends.choose` names."""
 
 from pygpt.ops.adamw import adamw_
-from pygpt.ops.attention import causal_attention, split_heads
+from pygpt.ops.attention import causal_attention, causal_attention_qkvpacked
 from pygpt.ops.cross_entropy import linear_cross_entropy
 from pygpt.ops.embedding import embedding, embedding_backward_
 from pygpt.ops.gelu import gelu
@@ -13,6 +13,7 @@ __all__ = [
     "adamw_",
     "add_layer_norm",
     "causal_attention",
+    "causal_attention_qkvpacked",
     "embedding",
     "embedding_backward_",
     "gelu",
@@ -21,5 +22,4 @@ __all__ = [
     "linear_cross_entropy",
     "linear_int8",
     "quantize_int8",
-    "split_heads",
 ]

@@ -51,17 +51,53 @@ def causal_attention(
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
     seed = draw_seed(q.device) if dropout_p > 0.0 else None
-    backend = backends.choose("causal_attention", q)
-    if backend != "eager" and q.shape[-1] > MAX_HEAD_DIM:
-        if backends.forced() == backend:
-            raise InputError(
-                f"causal_attention: backend '{backend}' was asked for and serves head dimensions up to {MAX_HEAD_DIM} in "
-                f"{str(q.dtype)[6:]}, got {q.shape[-1]}; use smaller heads, or drop use_backend / PYGPT_BACKEND"
-            )
-        backend = "eager"
-    if backend == "eager":
+    if _backend(q, q.shape[-1]) == "eager":
         return causal_attention_reference(q, k, v, scale, dropout_p, seed, document_start)
     return _causal_attention(q, k, v, scale, dropout_p, seed, document_start)[0]
+
+
+def causal_attention_qkvpacked(
+    qkv: Tensor,
+    n_head: int,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    document_start: Tensor | None = None,
+) -> Tensor:
+    """`causal_attention` of a packed projection: q, k and v lie side by side in each row, of n_head heads each.
+
+    qkv: (B, T, 3C), C = n_head * D. Returns (B, T, C), contiguous, in its dtype. The other arguments and the errors are those
+    of `causal_attention`, the results too: they are those of qkv.view(B, T, 3, n_head, D).unbind(2), a copy less in backward,
+    where the gradients of q, k and v are written side by side.
+    """
+    if qkv.dim() != 3 or n_head < 1 or qkv.shape[2] % (3 * n_head):
+        raise InputError(
+            f"causal_attention_qkvpacked: qkv must be (B, T, 3C), C a multiple of n_head, "
+            f"got {tuple(qkv.shape)} and n_head {n_head}"
+        )
+    head_dim = qkv.shape[2] // (3 * n_head)
+    _check_settings(qkv, head_dim, dropout_p)
+    _check_documents(document_start, qkv)
+    if _backend(qkv, head_dim) == "eager":
+        B, T, _ = qkv.shape
+        q, k, v = qkv.view(B, T, 3, n_head, head_dim).unbind(2)
+        return causal_attention(q, k, v, scale, dropout_p, document_start).flatten(2)
+    if scale is None:
+        scale = 1.0 / math.sqrt(head_dim)
+    seed = draw_seed(qkv.device) if dropout_p > 0.0 else None
+    return _causal_attention_qkvpacked(qkv, n_head, scale, dropout_p, seed, document_start)[0]
+
+
+def _backend(x: Tensor, head_dim: int) -> str:
+    """Which backend answers for tensors like x. Raises InputError where a forced one cannot."""
+    backend = backends.choose("causal_attention", x)
+    if backend == "eager" or head_dim <= MAX_HEAD_DIM:
+        return backend
+    if backends.forced() == backend:
+        raise InputError(
+            f"causal_attention: backend '{backend}' was asked for and serves head dimensions up to {MAX_HEAD_DIM} in "
+            f"{str(x.dtype)[6:]}, got {head_dim}; use smaller heads, or drop use_backend / PYGPT_BACKEND"
+        )
+    return "eager"
 
 
 def causal_attention_reference(
@@ -159,60 +195,6 @@ def _multiply_wide(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-# --- q, k and v of one projection ----------------------------------------------------------------------------------
-
-
-def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, ...]:
-    """q, k and v, views of a packed projection: qkv (B, T, 3C) -> (B, T, H, D) each, H = n_head and D = C // H.
-
-    The same as qkv.view(B, T, 3, H, D).unbind(2), whose backward copies the three gradients into one tensor. Where kernels
-    answer `causal_attention` this one does not: they write its gradients side by side in such a tensor. (On a GPU
-    fewer than 4 million elements are copied: that takes the host less time than a function in Python.)
-    """
-    if (
-        not torch.compiler.is_compiling()
-        and qkv.requires_grad
-        and torch.is_grad_enabled()
-        and backends.choose("causal_attention", qkv) != "eager"
-        and not backends.is_small_on_gpu(qkv)
-    ):
-        return _SplitHeads.apply(qkv, n_head)
-    return _split(qkv, n_head)
-
-
-def _split(qkv: Tensor, n_head: int) -> tuple[Tensor, ...]:
-    B, T, width = qkv.shape
-    return qkv.view(B, T, 3, n_head, width // (3 * n_head)).unbind(2)
-
-
-def _is_packed(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether q, k and v (B, T, H, D) lie as in a contiguous tensor (B, T, 3, H, D); not whether it is the same one."""
-    _, T, H, D = q.shape
-    start, C = q.storage_offset(), H * D
-    return (
-        q.shape == k.shape == v.shape
-        and q.stride() == k.stride() == v.stride() == (T * 3 * C, 3 * C, D, 1)
-        and (k.storage_offset(), v.storage_offset()) == (start + C, start + 2 * C)
-    )
-
-
-class _SplitHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, n_head: int) -> tuple[Tensor, ...]:
-        return _split(qkv, n_head)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        B, T, H, D = grads[0].shape
-        whole = (B, T, 3 * H * D)
-        # A view that begins at the first gradient has no derivative by the others; vmap's tensors have no storage.
-        if not torch.is_grad_enabled() and all(map(torch._C._has_storage, grads)) and _is_packed(*grads):
-            storages = {grad.untyped_storage().data_ptr() for grad in grads}
-            if len(storages) == 1:
-                return grads[0].as_strided(whole, (T * 3 * H * D, 3 * H * D, 1)), None
-        return torch.stack(grads, 2).view(whole), None
-
-
 # --- checks, fake functions and autograd formula of the compiled operators -----------------------------------------
 
 
@@ -227,14 +209,19 @@ def _check(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> None:
         raise InputError(
             f"{op}: {q.shape[1]} queries but only {k.shape[1]} keys; the keys include those of the queries (S >= T)"
         )
-    if q.shape[3] == 0:
-        raise InputError(f"{op}: q {tuple(q.shape)} has an empty head dimension")
-    if not 0.0 <= dropout_p < 1.0:
-        raise InputError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
-    check_floating(op, q)
+    _check_settings(q, q.shape[3], dropout_p)
     if k.dtype != q.dtype or v.dtype != q.dtype:
         raise InputTypeError(f"{op}: q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them")
     check_device(op, q, k=k, v=v)
+
+
+def _check_settings(x: Tensor, head_dim: int, dropout_p: float) -> None:
+    op = "causal_attention"
+    if head_dim == 0:
+        raise InputError(f"{op}: {tuple(x.shape)} has an empty head dimension")
+    if not 0.0 <= dropout_p < 1.0:
+        raise InputError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
+    check_floating(op, x)
 
 
 def _check_documents(document_start: Tensor | None, q: Tensor) -> None:
@@ -278,9 +265,13 @@ def _backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _backward_packed_fake(grad: Tensor, q: Tensor, *others: Any) -> Tensor:
-    B, T, H, D = q.shape
-    return q.new_empty(B, T, 3, H, D)
+def _qkvpacked_forward_fake(qkv: Tensor, n_head: int, *settings: Any) -> tuple[Tensor, Tensor]:
+    B, T, width = qkv.shape
+    return qkv.new_empty((B, T, width // 3)), qkv.new_empty((B, n_head, T), dtype=torch.float32)
+
+
+def _qkvpacked_backward_fake(grad: Tensor, qkv: Tensor, *others: Any) -> Tensor:
+    return qkv.new_empty(qkv.shape)
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -295,15 +286,34 @@ def _backward(ctx, grad, grad_lse):  # type: ignore[no-untyped-def]
     if grad is None:
         return None, None, None, None, None, None, None
     *saved, seed, document_start = ctx.saved_tensors
-    inputs = (grad, *saved, ctx.scale, ctx.dropout_p, seed, document_start)
-    if _is_packed(*saved[:3]):
-        grads = torch.ops.pygpt.causal_attention_backward_packed.default(*inputs).unbind(2)
-    else:
-        grads = torch.ops.pygpt.causal_attention_backward.default(*inputs)
+    grads = torch.ops.pygpt.causal_attention_backward.default(
+        grad, *saved, ctx.scale, ctx.dropout_p, seed, document_start
+    )
     return *grads, None, None, None, None
+
+
+def _qkvpacked_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    qkv, ctx.n_head, ctx.scale, ctx.dropout_p, seed, document_start = inputs
+    out, lse = output
+    ctx.save_for_backward(qkv, out, lse, seed, document_start)
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+
+
+def _qkvpacked_backward(ctx, grad, grad_lse):  # type: ignore[no-untyped-def]
+    if grad is None:
+        return None, None, None, None, None, None
+    *saved, seed, document_start = ctx.saved_tensors
+    grad_qkv = torch.ops.pygpt.causal_attention_qkvpacked_backward.default(
+        grad, *saved, ctx.n_head, ctx.scale, ctx.dropout_p, seed, document_start
+    )
+    return grad_qkv, None, None, None, None, None
 
 
 if backends.extension is not None:
     torch.library.register_fake("pygpt::causal_attention_backward", _backward_fake)
-    torch.library.register_fake("pygpt::causal_attention_backward_packed", _backward_packed_fake)
+    torch.library.register_fake("pygpt::causal_attention_qkvpacked_backward", _qkvpacked_backward_fake)
     _causal_attention = differentiable("causal_attention_forward", _forward_fake, _setup, _backward)
+    _causal_attention_qkvpacked = differentiable(
+        "causal_attention_qkvpacked_forward", _qkvpacked_forward_fake, _qkvpacked_setup, _qkvpacked_backward
+    )
