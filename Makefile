@@ -57,7 +57,7 @@ EMULATED := build/amx$(if $(SANITIZE),-sanitize)
 test-amx: $(VENV)/.test         ## tests of the kernels for AMX, on an emulation of its instructions
 	$(call build-beside,$(EMULATED),PYGPT_AMX_EMULATED=ON $(if $(SANITIZE),PYGPT_SANITIZE=ON))
 	cd $(EMULATED) && $(if $(SANITIZE),export $(UNDER_SANITIZERS) &&) $(TEST_BESIDE) $(if $(SANITIZE),--timeout 1800,-n 2) \
-	  -k "amx or matmul or cpp" $(call cpu-tests,amx matmul linear attention attention_bias cross_entropy)
+	  -k "amx or matmul or cpp" $(call cpu-tests,amx matmul linear attention attention_bias qkvpacked cross_entropy)
 
 lint: $(VENV)/.dev              ## formatting, lint, types
 	$(BIN)/ruff check .

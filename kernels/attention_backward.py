@@ -259,7 +259,7 @@ def causal_attention_qkvpacked_backward(
         tensors = padded(*tensors)
     packed = q.new_empty(*q.shape[:2], 3, *tensors[1].shape[2:])
     _write_gradients(*packed.unbind(2), *tensors, lse, scale, dropout_p, seed, document_start)
-    return packed[..., :D].flatten(2)
+    return packed[..., :D].flatten(2).contiguous()
 
 
 def _write_gradients(

@@ -20,7 +20,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         original = getattr(ops, name)
         monkeypatch.setattr(ops, name, lambda *a, **k: (seen.append(name), original(*a, **k))[1])
 
-    for name in ("embedding", "layer_norm", "causal_attention", "linear"):
+    for name in ("embedding", "layer_norm", "causal_attention", "causal_attention_qkvpacked", "linear"):
         record(name)
     return seen
 
@@ -89,7 +89,7 @@ def test_nanogpt_style_model(calls):
     before, state = model(idx).detach(), model.state_dict()
     pygpt.accelerate(model)
     assert_close(model(idx), before.double(), torch.float32)
-    assert calls == ["embedding", "layer_norm", "linear", "causal_attention", "linear", "layer_norm"]
+    assert calls == ["embedding", "layer_norm", "linear", "causal_attention_qkvpacked", "linear", "layer_norm"]
     assert model.state_dict().keys() == state.keys()
     assert isinstance(model[2], CausalSelfAttention)
 
