@@ -1,4 +1,4 @@
-"""causal_attention against F.scaled_dot_product_attention, on q, k, v that are views of one projection."""
+"""causal_attention_qkvpacked against F.scaled_dot_product_attention, both from one projection to the next."""
 
 from __future__ import annotations
 

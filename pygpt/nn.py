@@ -199,22 +199,25 @@ def decoding_parameters(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]] | None:
     """What `decode_blocks` takes of all blocks and the last LayerNorm, or None where that cannot take these modules' place:
     nobody's hooks, modules or forwards of their own are passed over."""
-    if not decodes_blocks(x, cache.k.shape[4]) or _has_any_global_hook():
+    if not decodes_blocks(x, cache.k.shape[4]) or type(cache) is not KVCache or len(blocks) != cache.k.shape[0]:
+        return None
+    if _has_any_global_hook() or any(module.forward is not forward for module, forward in _FORWARDS):
         return None
     # Through these dictionaries it takes half of the time that attributes take, in which the memory of weights lies idle.
-    others: list[Any] = []
     norms: list[Any] = []
     linears: list[Any] = []
+    block: Any
     for layer, block in enumerate(blocks._modules.values()):
-        of_block: dict[str, Any] = {} if block is None else block._modules
-        attn, mlp = of_block.get("attn"), of_block.get("mlp")
-        if type(block) is not Block or type(attn) is not CausalSelfAttention or type(mlp) is not MLP:
+        if type(block) is not Block or not _is_plain(block):
+            return None
+        of_block: dict[str, Any] = block._modules
+        attn, mlp = of_block["attn"], of_block["mlp"]
+        if type(attn) is not CausalSelfAttention or type(mlp) is not MLP or not (_is_plain(attn) and _is_plain(mlp)):
             return None
         if attn.n_head != cache.k.shape[3] or attn.layer != layer or attn.training or mlp.training:
             return None
         of_attn: dict[str, Any] = attn._modules
         of_mlp: dict[str, Any] = mlp._modules
-        others += (block, attn, mlp)
         norms += (of_block["ln_1"], of_block["ln_2"])
         linears += (of_attn["c_attn"], of_attn["c_proj"], of_mlp["c_fc"], of_mlp["c_proj"])
     norms.append(ln_f)
@@ -223,16 +226,30 @@ def decoding_parameters(
         return None
     if any(type(norm) is not LayerNorm or norm.eps != ln_f.eps for norm in norms):
         return None
-    for module in (*others, *norms, *linears):
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-            return None
-
-    int8 = kind is Int8Linear
-    modules, n = norms + linears, len(norms)
+    modules, n, int8 = norms + linears, len(norms), kind is Int8Linear
+    if not all(map(_is_plain, modules)):
+        return None
     weights = [norm._parameters["weight"] for norm in norms]
     weights += [(linear._buffers if int8 else linear._parameters)["weight"] for linear in linears]
     biases = [bias for module in modules if (bias := module._parameters["bias"]) is not None]
     floating = weights[:n] + biases if int8 else weights + biases
     if len(biases) not in (0, len(modules)) or any(p.dtype != x.dtype or not p.is_contiguous() for p in floating):
         return None
-    return weights[:n] + biases[:n], weights[n:] + biases[n:], [linear.scale for linear in linears] if int8 else []
+    return (
+        weights[:n] + biases[:n],
+        weights[n:] + biases[n:],
+        [linear._buffers["scale"] for linear in linears] if int8 else [],
+    )
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether calling it is its class's forward and nothing else."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._compiled_call_impl is not None
+        or "forward" in module.__dict__
+    )
+
+
+_FORWARDS = [(module, module.forward) for module in (Block, CausalSelfAttention, MLP, LayerNorm, Linear, Int8Linear)]

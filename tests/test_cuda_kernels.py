@@ -351,6 +351,29 @@ def test_attention_of_a_packed_projection(op, shape, dtype):
     compare_attention(Packed(op), q, k, v, grad, document_start=document_starts([[3, T - 3], [T]][:B]))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["transposed", "part of a row", "part of a column"])
+def test_attention_of_a_packed_projection_that_is_a_view(op, layout, dtype):
+    B, T, H, D = 2, 40, 2, 64
+    width = 3 * H * D
+    if layout == "transposed":
+        qkv = random(width, T, B, dtype=dtype).permute(2, 1, 0)
+    elif layout == "part of a row":
+        qkv = random(B, T, width + 5, dtype=dtype)[..., 2:-3]
+    else:
+        qkv = random(T + 4, B, width, dtype=dtype)[2:-2].transpose(0, 1)
+    grad = random(1, 1, 1, dtype=dtype).expand(B, T, H * D)  # what sum() hands to backward
+    out, lse = op.causal_attention_qkvpacked_forward(qkv, H, 0.125, 0.0, None)
+    packed = op.causal_attention_qkvpacked_backward(grad, qkv, out, lse, H, 0.125, 0.0, None)
+    q, k, v = qkv.unflatten(2, (3, H, D)).unbind(2)
+    expected, expected_lse = op.causal_attention_forward(q, k, v, 0.125, 0.0, None)
+    by_head = grad.unflatten(2, (H, D))
+    grads = op.causal_attention_backward(by_head, q, k, v, expected, expected_lse, 0.125, 0.0, None)
+    assert torch.equal(out, expected.flatten(2))
+    assert torch.equal(lse, expected_lse)
+    assert torch.equal(packed, pack(*grads))
+
+
 def test_attention_of_nothing(op):
     for B, T, S, H in [(0, 4, 4, 2), (2, 0, 0, 2), (2, 4, 9, 0), (2, 0, 5, 2)]:
         q, k, v = (random(B, n, H, 16, dtype=torch.bfloat16) for n in (T, S, S))

@@ -10,7 +10,7 @@ import torch
 import pygpt
 import pygpt.model
 from pygpt import GPT, GPTConfig
-from pygpt.nn import KVCache
+from pygpt.nn import MLP, Block, Int8Linear, KVCache, LayerNorm
 from pygpt.ops import backends
 from pygpt.ops.decode_blocks import decode_blocks
 from pygpt.train.lora import add_lora
@@ -42,6 +42,13 @@ def cache_of(model: GPT, rows: int, past: int, dtype: torch.dtype) -> KVCache:
     return cache
 
 
+def document_starts_of(rows: int, T: int, past: int):
+    """Each row's document begins among the tokens of the cache, and another one at its last token."""
+    start = ((torch.arange(rows)[:, None] + 1) * 3 % (past + 1)).int().expand(rows, T).contiguous()
+    start[:, -1] = past + T - 1 if T > 1 else start[:, -1]
+    return start
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """Counts the calls of the operator."""
@@ -65,7 +72,7 @@ def test_matches_float64(case, dtype, documents, calls):
     cache = cache_of(model, cache_rows, past, dtype)
     idx = torch.randint(VOCABULARY, (rows, T))
     if documents:
-        start = (torch.arange(rows)[:, None] * 3 % (past + 1)).int().expand(rows, T).contiguous()
+        start = document_starts_of(rows, T, past)
     wide, wide_cache = copy.deepcopy(model).double(), copy.copy(cache)
     wide_cache.k, wide_cache.v = cache.k.double(), cache.v.double()
     before = cache.k.clone(), cache.v.clone()
@@ -89,23 +96,32 @@ def test_matches_float64(case, dtype, documents, calls):
         assert torch.equal(actual, old), "other tokens of the cache have changed"
 
 
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
-def test_gives_the_bits_of_its_operators(calls):
+def test_gives_the_bits_of_its_operators(case, int8, calls):
     """They are called one after the other; so are blocks of weights of 8 bits, which no reference in float64 rounds alike."""
-    model = model_of(2, 64, True).bfloat16()
-    for m in (model, model.to_int8(), model_of(2, 64, False).to_int8()):
-        dtype = m.transformer.wte.weight.dtype
-        cache = cache_of(m, 2, 11, dtype)
-        again = copy.deepcopy(cache)
-        idx = torch.randint(VOCABULARY, (2, 1))
+    rows, cache_rows, T, past, heads, C, bias = case
+    model = model_of(heads, C, bias).bfloat16()
+    if int8:
+        model = model.to_int8()
+    cache, idx, start = cache_of(model, cache_rows, past, torch.bfloat16), torch.randint(VOCABULARY, (rows, T)), None
+    for start in (None, document_starts_of(rows, T, past)):
+        cache.length, again = past, copy.deepcopy(cache)
+        again.length = past
         made = len(calls)
-        ours = m.transformer(idx, cache)
+        ours = model.transformer(idx, cache, start)
         assert len(calls) == made + 1
         with pygpt.use_backend("cpp"):  # no op of torch's own for small tensors
-            x, residual = m.transformer.wte(idx, m.transformer.wpe, 11), None
-            for block in m.transformer.h:
-                x, residual = block(x, residual, again)
-            expected, _ = m.transformer.ln_f(x, residual)
+            if start is None:
+                x = model.transformer.wte(idx, model.transformer.wpe, past)
+            else:
+                positions = torch.arange(past, past + T) - start
+                x = model.transformer.wte(idx) + model.transformer.wpe(positions)
+            residual = None
+            for block in model.transformer.h:
+                x, residual = block(x, residual, again, start)
+            expected, _ = model.transformer.ln_f(x, residual)
         for actual, reference in ((ours, expected), (cache.k, again.k), (cache.v, again.v)):
             assert torch.equal(actual, reference)
 
@@ -163,9 +179,54 @@ def test_stands_back(calls):
     adapted = model_of(2, 64, True)
     add_lora(adapted, rank=2)
     step(adapted.eval())
+
+    def change(of, name, value):
+        before = of.__dict__[name] if name in of.__dict__ else of._modules[name]
+        setattr(of, name, value)
+        step(model)
+        setattr(of, name, before)
+
+    change(model.transformer, "h", h[:2])
+    change(model.transformer, "h", torch.nn.ModuleList())
+    change(model.transformer, "h", torch.nn.ModuleList([h[1], h[0], h[2]]))
+    with pytest.raises(
+        RuntimeError, match="must match"
+    ):  # by the modules, which find that the cache is another model's
+        change(h[1].attn, "n_head", 4)
+    h[1].attn.n_head = 2
+    change(h[1].mlp, "c_fc", Int8Linear(h[1].mlp.c_fc))
+    for module, name, value in (
+        (h[2].attn.c_proj, "bias", None),
+        (h[0].mlp.c_fc, "weight", torch.nn.Parameter(h[0].mlp.c_fc.weight.t().contiguous().t(), requires_grad=False)),
+    ):
+        before = getattr(module, name)
+        setattr(module, name, value)
+        step(model)
+        setattr(module, name, before)
+    own = type("Own", (KVCache,), {})
+    cache = cache_of(model, 1, 3, torch.float32)
+    cache.__class__ = own
+    model.transformer(idx, cache)
+    del_ln_2 = copy.deepcopy(model)
+    parallel = del_ln_2.transformer.h[1]
+    del parallel.ln_2
+    parallel.forward = lambda x, residual, cache, start: (x, residual)
+    step(del_ln_2)
     assert len(calls) == 1
     step(model)
     assert len(calls) == 2
+
+
+@torch.no_grad()
+def test_stands_back_for_a_class_that_was_patched(calls, monkeypatch):
+    model, seen = model_of(2, 64, True), []
+    for kind in (Block, MLP, LayerNorm):
+        with monkeypatch.context() as patch:
+            own = kind.forward
+            patch.setattr(kind, "forward", lambda *a, own=own: (seen.append("mine"), own(*a))[1])
+            model.transformer(torch.tensor([[3]]), cache_of(model, 1, 3, torch.float32))
+        assert seen.pop() == "mine"
+    assert not calls
 
 
 @torch.no_grad()
@@ -173,6 +234,15 @@ def test_errors():
     model = model_of(2, 64, True)
     with pytest.raises(pygpt.errors.InputError, match="the KV cache holds 100 tokens; 101 do not fit"):
         model.transformer(torch.zeros(1, 1, dtype=torch.int64), cache_of(model, 1, 100, torch.float32))
+    for start, error, message in (
+        (torch.zeros(1, 1, dtype=torch.int64), pygpt.errors.InputTypeError, "must be int32"),
+        (torch.zeros(1, 2).int(), pygpt.errors.InputError, r"must (have the shape|be)"),
+    ):
+        cache = cache_of(model, 1, 3, torch.float32)
+        before = cache.k.clone()
+        with pytest.raises(error, match=message):
+            model.transformer(torch.zeros(1, 1, dtype=torch.int64), cache, start)
+        assert torch.equal(cache.k, before)
     x, norms = torch.randn(1, 1, 4), [torch.ones(4)] * 3
     linears = [torch.ones(s) for s in ((12, 4), (4, 4), (16, 4), (4, 16))]
     k = torch.zeros(1, 1, 3, 2, 2)
@@ -184,6 +254,26 @@ def test_errors():
         "does not fit": (x, norms, linears, [], k, k, 3, 1e-5, None),
         "caches must have one shape": (x, norms, linears, [], k, k[:, :, :2], 0, 1e-5, None),
         "caches must have x's dtype": (x, norms, linears, [], k.double(), k, 0, 1e-5, None),
+        "does not fit into": (
+            torch.zeros(1, 1, 257),
+            norms,
+            linears,
+            [],
+            *[torch.zeros(1, 1, 3, 1, 257)] * 2,
+            0,
+            1e-5,
+            None,
+        ),
+        "not fit into the caches": (
+            torch.zeros(1, 1, 0),
+            norms,
+            linears,
+            [],
+            *[torch.zeros(1, 1, 3, 0, 2)] * 2,
+            0,
+            1e-5,
+            None,
+        ),
         "neighbours": (x, norms, linears, [], k.mT, k.mT, 0, 1e-5, None),
         "3 C outputs": (x, norms, linears[1:2] * 4, [], k, k, 0, 1e-5, None),
     }

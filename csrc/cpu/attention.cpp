@@ -75,7 +75,8 @@ void check_packed(const Tensor& qkv, int64_t n_head, double dropout_p, const std
   check_settings(qkv, qkv.size(2) / (3 * n_head), dropout_p, seed, op);
 }
 
-// Each query's first key, clamped to those it may see, as the kernels read it; absent where there are no documents.
+}  // namespace
+
 std::optional<Tensor> first_keys(const AttentionShape& sizes, const std::optional<Tensor>& document_start, const char* op) {
   if (!document_start) return std::nullopt;
   const Tensor& from = *document_start;
@@ -93,6 +94,8 @@ std::optional<Tensor> first_keys(const AttentionShape& sizes, const std::optiona
     }
   return to;
 }
+
+namespace {
 
 AttentionShape sizes_of(const Tensor& q, const Tensor& k) {
   return {q.size(0), q.size(1), q.size(2), k.size(1), q.size(3)};
@@ -193,12 +196,15 @@ void forward(const AttentionShape& shape, const ForwardInputs<T>& in, T* out, fl
   });
 }
 
+// What reading a key and a value for a head costs a thread, in operations: it waits for memory, not for arithmetic.
+constexpr double kOperationsPerElementRead = 128;
+
 template <class T>
 void decode(const AttentionShape& shape, const ForwardInputs<T>& in, T* out, float* lse, const Tensor& like) {
   const int64_t heads = shape.B * shape.H, items = heads * shape.decode_chunks();
   Tensor space = workspace(like, items * shape.decode_workspace());
   float* base = space.mutable_data_ptr<float>();
-  const int64_t grain = items / threads_for(128.0 * heads * shape.S * shape.D);
+  const int64_t grain = items / threads_for(kOperationsPerElementRead * heads * shape.S * shape.D);
   const auto kernel = PYGPT_DISPATCH_PRODUCTS(attention_decode<T>);
   torch::stable::parallel_for(0, items, std::max<int64_t>(grain, 1), [&](int64_t first, int64_t last) {
     kernel(shape, in.q, in.k, in.v, base, first, last);
@@ -206,15 +212,15 @@ void decode(const AttentionShape& shape, const ForwardInputs<T>& in, T* out, flo
   PYGPT_DISPATCH_PRODUCTS(attention_decode_join<T>)(shape, base, out, lse, 0, heads);
 }
 
-// Fills out (B, T, H, D), like q, and returns lse (B, H, T). inputs(T{}): ForwardInputs<T>.
+// Fills out, of B x T x H x D elements, and returns lse (B, H, T). inputs(T{}): ForwardInputs<T>.
 template <class Inputs>
-Tensor attend(const AttentionShape& shape, const Tensor& q, const Inputs& inputs, Tensor& out) {
-  Tensor lse = new_empty(q, {shape.B, shape.H, shape.T}, ScalarType::Float);
+Tensor attend(const AttentionShape& shape, const Inputs& inputs, Tensor& out) {
+  Tensor lse = new_empty(out, {shape.B, shape.H, shape.T}, ScalarType::Float);
   const auto run = [&]<class T>(T) {
     const auto path = shape.T <= kDecodeQueries ? decode<T> : forward<T>;
-    path(shape, inputs(T{}), static_cast<T*>(out.mutable_data_ptr()), lse.mutable_data_ptr<float>(), q);
+    path(shape, inputs(T{}), static_cast<T*>(out.mutable_data_ptr()), lse.mutable_data_ptr<float>(), out);
   };
-  if (lse.numel()) q.scalar_type() == ScalarType::Float ? run(float{}) : run(bf16{});
+  if (lse.numel()) out.scalar_type() == ScalarType::Float ? run(float{}) : run(bf16{});
   return lse;
 }
 
@@ -229,18 +235,16 @@ std::tuple<Tensor, Tensor> causal_attention_forward(Tensor q, Tensor k, Tensor v
   document_start = first_keys(sizes_of(q, k), document_start, op);
   const AttentionShape shape = shape_of(sizes_of(q, k), scale, dropout_p, seed, document_start);
   Tensor out = new_like(q);
-  Tensor lse = attend(shape, q, [&]<class T>(T) { return ForwardInputs<T>{view<T>(q), view<T>(k), view<T>(v)}; }, out);
+  Tensor lse = attend(shape, [&]<class T>(T) { return ForwardInputs<T>{view<T>(q), view<T>(k), view<T>(v)}; }, out);
   return {out, lse};
 }
 
 Tensor causal_attention_of_cache(const Tensor& qkv, const Tensor& k_cache, const Tensor& v_cache, int64_t layer,
-                                 int64_t past, std::optional<Tensor> document_start) {
+                                 int64_t past, const std::optional<Tensor>& first_keys) {
   const AttentionShape sizes = sizes_of(qkv, k_cache.size(3), past);
-  document_start = first_keys(sizes, document_start, "causal_attention_of_cache");
-  const AttentionShape shape =
-      shape_of(sizes, 1 / std::sqrt(static_cast<double>(sizes.D)), 0, std::nullopt, document_start);
+  const AttentionShape shape = shape_of(sizes, 1 / std::sqrt(static_cast<double>(sizes.D)), 0, std::nullopt, first_keys);
   Tensor out = new_empty(qkv, {shape.B, shape.T, shape.H * shape.D}, qkv.scalar_type());
-  attend(shape, qkv, [&]<class X>(X) {
+  attend(shape, [&]<class X>(X) {
     const auto of_cache = [&](const Tensor& cache) {
       const X* data = static_cast<const X*>(cache.const_data_ptr()) + layer * cache.stride(0);
       return HeadView<const X>{data, cache.stride(1), cache.stride(2), cache.stride(3)};
@@ -302,14 +306,13 @@ void backward(const AttentionShape& shape, const BackwardInputs<T>& in, const Ba
             });
 }
 
-// grad and out, (B, T, H, D) or (B, T, C), and lse; the last two contiguous.
-void check_saved(const AttentionShape& sizes, const Tensor& q, const Tensor& grad, const Tensor& out, const Tensor& lse,
-                 const char* op) {
-  for (const Tensor* x : {&grad, &out})
-    PYGPT_CHECK(x->scalar_type() == q.scalar_type() && x->size(0) == sizes.B && x->size(1) == sizes.T &&
-                    (x->dim() == 4 ? x->size(2) == sizes.H && x->size(3) == sizes.D
-                                   : x->dim() == 3 && x->size(2) == sizes.H * sizes.D),
-                op, ": grad and out must be like q");
+// Backward's other arguments: grad and out in x's dtype and of this shape, (B, T, H, D) or (B, T, C).
+void check_saved(const AttentionShape& sizes, const Tensor& x, const Tensor& grad, const Tensor& out, const Tensor& lse,
+                 std::initializer_list<int64_t> shape, const char* op) {
+  for (const Tensor* of : {&grad, &out})
+    PYGPT_CHECK(of->scalar_type() == x.scalar_type() && of->dim() == static_cast<int64_t>(shape.size()) &&
+                    std::equal(shape.begin(), shape.end(), of->sizes().begin()),
+                op, ": grad and out must have the output's shape and dtype");
   PYGPT_CHECK(lse.scalar_type() == ScalarType::Float && lse.numel() == sizes.B * sizes.H * sizes.T, op,
               ": lse must be float32 (B, H, T)");
 }
@@ -320,8 +323,7 @@ std::tuple<Tensor, Tensor, Tensor> causal_attention_backward(Tensor grad, Tensor
                                                              std::optional<Tensor> document_start) {
   const char* op = "causal_attention_backward";
   check(q, k, v, dropout_p, seed, op);
-  PYGPT_CHECK(grad.dim() == 4 && out.dim() == 4, op, ": grad and out must be like q");
-  check_saved(sizes_of(q, k), q, grad, out, lse, op);
+  check_saved(sizes_of(q, k), q, grad, out, lse, {q.size(0), q.size(1), q.size(2), q.size(3)}, op);
   document_start = first_keys(sizes_of(q, k), document_start, op);
   const AttentionShape shape = shape_of(sizes_of(q, k), scale, dropout_p, seed, document_start);
   q = unit_stride(q), k = unit_stride(k), v = unit_stride(v), grad = unit_stride(grad);
@@ -345,7 +347,7 @@ std::tuple<Tensor, Tensor> causal_attention_qkvpacked_forward(Tensor qkv, int64_
   document_start = first_keys(sizes_of(qkv, n_head), document_start, op);
   const AttentionShape shape = shape_of(sizes_of(qkv, n_head), scale, dropout_p, seed, document_start);
   Tensor out = new_empty(qkv, {shape.B, shape.T, shape.H * shape.D}, qkv.scalar_type());
-  Tensor lse = attend(shape, qkv, [&]<class T>(T) {
+  Tensor lse = attend(shape, [&]<class T>(T) {
     return ForwardInputs<T>{view_of_part<T>(qkv, shape, 0), view_of_part<T>(qkv, shape, 1), view_of_part<T>(qkv, shape, 2)};
   }, out);
   return {out, lse};
@@ -356,8 +358,7 @@ Tensor causal_attention_qkvpacked_backward(Tensor grad, Tensor qkv, Tensor out, 
                                            std::optional<Tensor> document_start) {
   const char* op = "causal_attention_qkvpacked_backward";
   check_packed(qkv, n_head, dropout_p, seed, op);
-  PYGPT_CHECK(grad.dim() == 3 && out.dim() == 3, op, ": grad and out must be (B, T, C)");
-  check_saved(sizes_of(qkv, n_head), qkv, grad, out, lse, op);
+  check_saved(sizes_of(qkv, n_head), qkv, grad, out, lse, {qkv.size(0), qkv.size(1), qkv.size(2) / 3}, op);
   document_start = first_keys(sizes_of(qkv, n_head), document_start, op);
   const AttentionShape shape = shape_of(sizes_of(qkv, n_head), scale, dropout_p, seed, document_start);
   qkv = unit_stride(qkv), grad = unit_stride(grad), out = as_contiguous(out), lse = as_contiguous(lse);

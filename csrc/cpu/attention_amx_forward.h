@@ -344,7 +344,7 @@ inline void TiledForward::finish(float* lse) const {
     const vf sum = load(sums + r), factor = kept / sum;
     for (int64_t d = 0; d < D; d += 32, o += 2 * kTile) {
       __m512i row[kLanes];
-      load_rows_of_columns(o, kTile, factor, row);
+      load_rows_of_columns(o, D - d > kSide ? kTile : 0, factor, row);  // where there is no second tile, none is stored
       for (int64_t i = 0; i < smaller(kSide, rows - r); ++i) store_slice(to + i * out.time, d, D, row[i]);
     }
     store_step(lse + r, (load(largest + r) + vlog2(sum)) * kLn2, smaller(kSide, rows - r));

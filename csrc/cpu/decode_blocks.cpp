@@ -12,7 +12,7 @@ namespace {
 using Tensors = std::vector<Tensor>;
 
 // Copies rows (B, T, C), `stride` elements from one to the next, to columns past .. past + T of a layer of the cache.
-void append(const Tensor& qkv, int64_t offset, Tensor& cache, int64_t layer, int64_t past) {
+void append(const Tensor& qkv, int64_t offset, const Tensor& cache, int64_t layer, int64_t past) {
   const int64_t T = qkv.size(1), stride = qkv.size(2), size = qkv.element_size(), bytes = stride / 3 * size;
   const char* from = static_cast<const char*>(qkv.const_data_ptr()) + offset * size;
   char* to = static_cast<char*>(cache.mutable_data_ptr()) + layer * cache.stride(0) * size;
@@ -36,7 +36,7 @@ Tensor decode_blocks(Tensor x, Tensors norms, Tensors linears, Tensors scales, T
     for (int i = 0; i < 5; ++i) PYGPT_CHECK(cache->size(i) == k_cache.size(i), op, ": the caches must have one shape");
     PYGPT_CHECK(cache->stride(4) == 1 && cache->stride(3) == D, op, ": a token's heads must be neighbours in the caches");
   }
-  PYGPT_CHECK(H * D == C && B <= k_cache.size(1) && past >= 0 && past + T <= k_cache.size(2), op,
+  PYGPT_CHECK(H >= 1 && D >= 1 && D <= 256 && H * D == C && B <= k_cache.size(1) && past >= 0 && past + T <= k_cache.size(2), op,
               ": x does not fit into the caches");
 
   const auto bias_of = [&](const Tensors& of, size_t i) {
@@ -46,6 +46,7 @@ Tensor decode_blocks(Tensor x, Tensors norms, Tensors linears, Tensors scales, T
     return scales.empty() ? linear_few_rows(in, linears[i], bias_of(linears, i))
                           : linear_int8(in, linears[i], scales[i], bias_of(linears, i));
   };
+  document_start = first_keys({B, T, H, past + T, D}, document_start, op);
   std::optional<Tensor> residual;  // x is not yet added to it
   const auto norm = [&](size_t i) {
     if (residual) {

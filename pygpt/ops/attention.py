@@ -46,12 +46,13 @@ def causal_attention(
     Returns (B, T, H, D), contiguous, in q's dtype.
     Raises InputError (a ValueError) for shapes, devices and settings, InputTypeError (a TypeError) for dtypes.
     """
-    _check(q, k, v, dropout_p)
-    _check_documents(document_start, q)
+    op = "causal_attention"
+    _check(op, q, k, v, dropout_p)
+    check_documents(op, document_start, q)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
     seed = draw_seed(q.device) if dropout_p > 0.0 else None
-    if _backend(q, q.shape[-1]) == "eager":
+    if _backend(op, q, q.shape[-1]) == "eager":
         return causal_attention_reference(q, k, v, scale, dropout_p, seed, document_start)
     return _causal_attention(q, k, v, scale, dropout_p, seed, document_start)[0]
 
@@ -69,15 +70,15 @@ def causal_attention_qkvpacked(
     of `causal_attention`, the results too: they are those of qkv.view(B, T, 3, n_head, D).unbind(2), a copy less in backward,
     where the gradients of q, k and v are written side by side.
     """
+    op = "causal_attention_qkvpacked"
     if qkv.dim() != 3 or n_head < 1 or qkv.shape[2] % (3 * n_head):
         raise InputError(
-            f"causal_attention_qkvpacked: qkv must be (B, T, 3C), C a multiple of n_head, "
-            f"got {tuple(qkv.shape)} and n_head {n_head}"
+            f"{op}: qkv must be (B, T, 3C), C a multiple of n_head, got {tuple(qkv.shape)} and n_head {n_head}"
         )
     head_dim = qkv.shape[2] // (3 * n_head)
-    _check_settings(qkv, head_dim, dropout_p)
-    _check_documents(document_start, qkv)
-    if _backend(qkv, head_dim) == "eager":
+    _check_settings(op, qkv, head_dim, dropout_p)
+    check_documents(op, document_start, qkv)
+    if _backend(op, qkv, head_dim) == "eager":
         B, T, _ = qkv.shape
         q, k, v = qkv.view(B, T, 3, n_head, head_dim).unbind(2)
         return causal_attention(q, k, v, scale, dropout_p, document_start).flatten(2)
@@ -87,14 +88,14 @@ def causal_attention_qkvpacked(
     return _causal_attention_qkvpacked(qkv, n_head, scale, dropout_p, seed, document_start)[0]
 
 
-def _backend(x: Tensor, head_dim: int) -> str:
+def _backend(op: str, x: Tensor, head_dim: int) -> str:
     """Which backend answers for tensors like x. Raises InputError where a forced one cannot."""
     backend = backends.choose("causal_attention", x)
     if backend == "eager" or head_dim <= MAX_HEAD_DIM:
         return backend
     if backends.forced() == backend:
         raise InputError(
-            f"causal_attention: backend '{backend}' was asked for and serves head dimensions up to {MAX_HEAD_DIM} in "
+            f"{op}: backend '{backend}' was asked for and serves head dimensions up to {MAX_HEAD_DIM} in "
             f"{str(x.dtype)[6:]}, got {head_dim}; use smaller heads, or drop use_backend / PYGPT_BACKEND"
         )
     return "eager"
@@ -198,8 +199,7 @@ def _multiply_wide(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
 # --- checks, fake functions and autograd formula of the compiled operators -----------------------------------------
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> None:
-    op = "causal_attention"
+def _check(op: str, q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> None:
     if q.dim() != 4 or k.shape != v.shape or k.dim() != 4 or q.shape[::2] != k.shape[::2] or q.shape[3] != k.shape[3]:
         raise InputError(
             f"{op}: q must be (B, T, H, D) and k, v (B, S, H, D), "
@@ -209,14 +209,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> None:
         raise InputError(
             f"{op}: {q.shape[1]} queries but only {k.shape[1]} keys; the keys include those of the queries (S >= T)"
         )
-    _check_settings(q, q.shape[3], dropout_p)
+    _check_settings(op, q, q.shape[3], dropout_p)
     if k.dtype != q.dtype or v.dtype != q.dtype:
         raise InputTypeError(f"{op}: q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them")
     check_device(op, q, k=k, v=v)
 
 
-def _check_settings(x: Tensor, head_dim: int, dropout_p: float) -> None:
-    op = "causal_attention"
+def _check_settings(op: str, x: Tensor, head_dim: int, dropout_p: float) -> None:
     if head_dim == 0:
         raise InputError(f"{op}: {tuple(x.shape)} has an empty head dimension")
     if not 0.0 <= dropout_p < 1.0:
@@ -224,8 +223,8 @@ def _check_settings(x: Tensor, head_dim: int, dropout_p: float) -> None:
     check_floating(op, x)
 
 
-def _check_documents(document_start: Tensor | None, q: Tensor) -> None:
-    op = "causal_attention"
+def check_documents(op: str, document_start: Tensor | None, q: Tensor) -> None:
+    """document_start is int32 (B, T) on the device of q (B, T, ...)."""
     if document_start is None:
         return
     if document_start.shape != q.shape[:2]:

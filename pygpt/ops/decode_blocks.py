@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pygpt.ops import backends
-from pygpt.ops.attention import MAX_HEAD_DIM
+from pygpt.ops.attention import MAX_HEAD_DIM, check_documents
 from pygpt.ops.linear import has_few_rows
 
 
@@ -45,8 +45,9 @@ def decode_blocks(
     which hold `past` tokens; columns past .. past + T become those of x. document_start: int32 (B, T), as in
     `causal_attention`.
     """
+    check_documents("decode_blocks", document_start, x)
     return torch.ops.pygpt.decode_blocks.default(x, norms, linears, scales, k_cache, v_cache, past, eps, document_start)
 
 
 if backends.extension is not None:
-    torch.library.register_fake("pygpt::decode_blocks", lambda x, *others: torch.empty_like(x))
+    torch.library.register_fake("pygpt::decode_blocks", lambda x, *others: x.new_empty(x.shape))
