@@ -242,8 +242,8 @@ class GPT(nn.Module):
     def to_int8(self) -> GPT:
         """A copy for generation on CPUs whose linear layers, the head's too, hold weights of 8 bits (`ops.linear_int8`).
 
-        Up to 4 rows at a time, whose time is that of reading the weights, it generates 1.5 to 1.9 times as fast as in bfloat16; at
-        8 rows it gains nothing. The copy cannot be trained, saved or brought to another dtype: keep the model it was made
+        Up to 4 rows at a time, whose time is that of reading the weights, it generates 1.5 to 1.9 times as fast as in bfloat16;
+        at 8 rows it gains nothing. The copy cannot be trained, saved or brought to another dtype: keep the model it was made
         from. Raises InputError for a model with LoRA adapters and for weights that are not finite."""
         if any(".lora_" in name for name, _ in self.named_parameters()):
             raise InputError("the model has LoRA adapters: merge them first (pygpt.train.lora.merge_lora)")
