@@ -48,7 +48,8 @@ def causal_attention(
     """
     op = "causal_attention"
     _check(op, q, k, v, dropout_p)
-    check_documents(op, document_start, q)
+    if document_start is not None:
+        check_documents(op, document_start, q)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
     seed = draw_seed(q.device) if dropout_p > 0.0 else None
@@ -77,7 +78,8 @@ def causal_attention_qkvpacked(
         )
     head_dim = qkv.shape[2] // (3 * n_head)
     _check_settings(op, qkv, head_dim, dropout_p)
-    check_documents(op, document_start, qkv)
+    if document_start is not None:
+        check_documents(op, document_start, qkv)
     if _backend(op, qkv, head_dim) == "eager":
         B, T, _ = qkv.shape
         q, k, v = qkv.view(B, T, 3, n_head, head_dim).unbind(2)
@@ -223,10 +225,8 @@ def _check_settings(op: str, x: Tensor, head_dim: int, dropout_p: float) -> None
     check_floating(op, x)
 
 
-def check_documents(op: str, document_start: Tensor | None, q: Tensor) -> None:
+def check_documents(op: str, document_start: Tensor, q: Tensor) -> None:
     """document_start is int32 (B, T) on the device of q (B, T, ...)."""
-    if document_start is None:
-        return
     if document_start.shape != q.shape[:2]:
         raise InputError(
             f"{op}: document_start must be (B, T) = {tuple(q.shape[:2])}, got {tuple(document_start.shape)}"

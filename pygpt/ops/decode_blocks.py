@@ -45,7 +45,8 @@ def decode_blocks(
     which hold `past` tokens; columns past .. past + T become those of x. document_start: int32 (B, T), as in
     `causal_attention`.
     """
-    check_documents("decode_blocks", document_start, x)
+    if document_start is not None:
+        check_documents("decode_blocks", document_start, x)
     return torch.ops.pygpt.decode_blocks.default(x, norms, linears, scales, k_cache, v_cache, past, eps, document_start)
 
 
