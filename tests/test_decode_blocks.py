@@ -148,6 +148,10 @@ def test_stands_back(calls):
         step(model)
         del module.forward
     assert seen == ["hook", "forward"] * 7
+    h[1]._compiled_call_impl = lambda *a: seen.append("compiled") or h[1].forward(*a)  # as Module.compile sets it
+    step(model)
+    h[1]._compiled_call_impl = None
+    assert seen.pop() == "compiled"
     handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: seen.append("global"))
     step(model)
     handle.remove()

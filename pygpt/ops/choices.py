@@ -66,10 +66,10 @@ def sizes(op: str, *inputs: Any) -> dict[str, int]:
     """What a line's `up_to` may name, from an operator's arguments, those of forward and backward alike: T (queries) and D
     (head dimension) of causal_attention, rows (or tokens) and C (last dimension) of the others."""
     first, x = inputs[0], value_of(*inputs)
-    # A packed projection, or in backward a gradient, a third as wide, before it.
-    if op == "causal_attention" and x.dim() == 3:
+    if op == "causal_attention" and x.dim() == 3:  # a packed projection; in backward it stands behind a gradient
+        qkv = x if isinstance(inputs[1], int) else inputs[1]
         n_head = next(value for value in inputs if isinstance(value, int))
-        return {"T": x.shape[1], "D": x.shape[2] // n_head // (3 if inputs[1] is n_head else 1)}
+        return {"T": qkv.shape[1], "D": qkv.shape[2] // (3 * n_head)}
     if op == "causal_attention":
         return {"T": x.shape[1], "D": x.shape[3]}
     C = x.shape[-1] if x.dim() else 1
