@@ -12,7 +12,7 @@ from pygpt.ops import backends, cross_entropy, linear_cross_entropy
 from pygpt.ops.cross_entropy import linear_cross_entropy_reference
 
 
-# auto: torch's own ops for such small sizes. The lowest instruction set has no products of bfloat16.
+# The lowest instruction set has no products of bfloat16.
 @pytest.fixture(autouse=True, params=["auto", "eager", "cpp", "cpp lowest"])
 def backend(request):
     name, *lowest = request.param.split()

@@ -99,7 +99,18 @@ def test_products_added_in_parts(capability, N, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("M", "N", "K"), [(16, 1, 1), (17, 100, 9), (33, 10, 101), (40, 64, 64), (15, 70, 7), (0, 5, 3)]
+    ("M", "N", "K"),
+    [
+        (16, 1, 1),
+        (17, 100, 9),
+        (33, 10, 101),
+        (40, 64, 64),
+        (15, 70, 7),
+        (0, 5, 3),
+        (17, 4101, 5),
+        (1, 4097, 3),
+        (0, 4100, 2),
+    ],
 )
 def test_products_with_a_vocabulary(monkeypatch, capability, libraries, M, N, K, dtype):
     """Bfloat16 is rounded once however many parts the sums are of; both operands as they are and as views transposed."""
@@ -114,6 +125,18 @@ def test_products_with_a_vocabulary(monkeypatch, capability, libraries, M, N, K,
             torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=1e-5 * K)
         else:
             assert_close(y, exact, dtype, floor=math.sqrt(K))
+
+
+@pytest.mark.skipif(not linear_module.ONEDNN or backends.extension is None, reason="needs oneDNN and pygpt._C")
+def test_which_products_are_wide():
+    a, b = torch.ones(129, 3), torch.ones(129 * 32 + 1, 3)
+    assert linear_module._is_wide(a, b)
+    assert not linear_module._is_wide(a, b[1:])
+    assert not linear_module._is_wide(a[:1], b[:4096])
+    assert not linear_module._is_wide(a, torch.ones(3, len(b)).t())
+    assert not linear_module._is_wide(a.double(), b.double())
+    with backends.use_backend("eager"):
+        assert not linear_module._is_wide(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -20,12 +20,12 @@ from pygpt.errors import InputError, InputTypeError
 from pygpt.ops import backends
 from pygpt.ops.autograd import first_order
 from pygpt.ops.checks import check_device
-from pygpt.ops.linear import add_matmul_tn_, has_own_product, has_tiles, linear, matmul_nt
+from pygpt.ops.linear import SLICE_BYTES, add_matmul_tn_, has_tiles, in_float32, matmul_nt
 
 # Where neither answers, the chunks below in torch's own ops are the implementation.
 backends.register("linear_cross_entropy", cpp=(torch.float32, torch.bfloat16))
 
-CHUNK_BYTES = 48 << 20  # logits held at a time, the largest part of a workspace of less than 64 MB
+CHUNK_BYTES = 50 << 20  # logits held at a time, the largest part of a workspace of less than 64 MB
 GPU_CHUNK_BYTES = 128 << 20  # a chunk reads and writes all of the gradient of weight: fewer, where memory allows
 MIN_VOCABULARY = 2048  # of the operator for AMX, whose threads share out the vocabulary
 TILE = 16  # rows of which the library's products go through their fast path
@@ -44,27 +44,13 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
 
     hidden: (N, C) and weight: (V, C), floating point, one dtype. targets: (N,) int64, each in [0, V) or `ignore_index`.
     Returns a float32 scalar (float64 for float64): the mean over targets that are not ignored, NaN when all are. Once
-    differentiable. In forward mode and under torch.func's transforms it is the reference, with the whole logits in memory;
-    on the CPU fewer than 65,536 logits are whole as well, unless a backend is forced.
+    differentiable. In forward mode and under torch.func's transforms it is the reference, with the whole logits in memory.
     Raises InputError for shapes, devices and targets out of range, InputTypeError for dtypes.
     """
     if backends.is_autocast(hidden):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         with torch.autocast(hidden.device.type, enabled=False):
             return linear_cross_entropy(hidden.to(dtype), weight.to(dtype), targets, ignore_index)
-    if (
-        backends.automatic_on_cpu(hidden)
-        and hidden.dim() == weight.dim() == 2
-        and 0 < hidden.shape[0] * weight.shape[0] < backends.SMALL
-        and targets.dtype == torch.int64
-    ):
-        try:
-            logits = (linear if has_own_product(hidden) else F.linear)(hidden, weight)
-            return F.cross_entropy(
-                logits if logits.itemsize > 2 else logits.float(), targets, ignore_index=ignore_index
-            )
-        except (RuntimeError, IndexError, ValueError):  # the checks below name what was wrong
-            pass
     _check(hidden, weight, targets)
     if backends.needs_reference():
         backends.choose("linear_cross_entropy", hidden)  # an error where a backend is forced
@@ -157,6 +143,10 @@ if backends.extension is not None:
         "pygpt::cross_entropy_rows_",
         lambda logits, targets, ignore_index, grad_factor: logits.new_empty(targets.shape, dtype=torch.float32),
     )
+    torch.library.register_fake(
+        "pygpt::cross_entropy_",
+        lambda logits, targets, ignore_index, need_gradient: logits.new_empty((), dtype=torch.float32),
+    )
 
 
 def _loss_and_gradients(
@@ -169,13 +159,24 @@ def _loss_and_gradients(
             hidden, weight, targets, ignore_index, need_hidden, need_weight
         )
         return loss, of_inputs[0] if need_hidden else None, of_inputs[1] if need_weight else None
+    if backend == "cpp" and in_float32(hidden) and hidden.numel() + weight.numel() <= SLICE_BYTES // 4:
+        loss, *grads = _loss_and_gradients(
+            hidden.float(), weight.float(), targets, ignore_index, need_hidden, need_weight
+        )
+        return loss, *(None if grad is None else grad.to(hidden.dtype) for grad in grads)
     compiled = backend in ("cpp", "triton")
+    chunks = _chunks(hidden.shape[0], weight.shape[0], hidden.itemsize if compiled else 4, hidden.is_cpu)
+    if backend == "cpp" and len(chunks) == 1:
+        logits = matmul_nt(hidden, weight)
+        loss = torch.ops.pygpt.cross_entropy_.default(logits, targets, ignore_index, need_hidden or need_weight)
+        of_hidden = matmul_nt(logits, weight.t()) if need_hidden else None
+        return loss, of_hidden, matmul_nt(logits.t(), hidden.t()) if need_weight else None
     of_rows = _rows_compiled if compiled else _rows
     count = (targets != ignore_index).sum().to(torch.promote_types(hidden.dtype, torch.float32))
     factor = count.clamp(min=1).reciprocal() if need_hidden or need_weight else None
     total, grads = torch.zeros_like(count), []
     grad_weight = torch.zeros_like(weight) if need_weight else None
-    for start, end in _chunks(hidden.shape[0], weight.shape[0], hidden.itemsize if compiled else 4, hidden.is_cpu):
+    for start, end in chunks:
         x = hidden[start:end]
         losses, grad, left = of_rows(matmul_nt(x, weight), targets[start:end], ignore_index, factor)
         total += losses.sum()
