@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -109,9 +111,42 @@ def test_compiled_rows_match_float64(capability, V, dtype):
     cross_entropy_rows_case(torch.ops.pygpt.cross_entropy_rows_, V, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 9, 500])
+@pytest.mark.parametrize("V", [3, 65, 1025])
+def test_compiled_mean_matches_float64(capability, V, rows, dtype):
+    """Over the rows that count: of whole vectors, of less than one, and of what is beside them."""
+    generator = torch.Generator().manual_seed(V + rows)
+    logits = (torch.randn(rows, V, generator=generator) * 3).to(dtype)
+    targets = torch.randint(V, (rows,), generator=generator)
+    targets[1::3] = -1
+    exact = logits.double().requires_grad_()
+    expected = F.cross_entropy(exact, targets, ignore_index=-1)
+    expected.backward()
+    kept = logits.clone()
+    assert_close(torch.ops.pygpt.cross_entropy_(kept, targets, -1, False), expected, torch.float32)
+    assert torch.equal(kept, logits)
+    assert_close(torch.ops.pygpt.cross_entropy_(logits, targets, -1, True), expected, torch.float32)
+    assert_close(logits, exact.grad, dtype)
+    assert torch.isnan(torch.ops.pygpt.cross_entropy_(logits, torch.full((rows,), -1), -1, True))
+    assert not logits.any()
+
+
+def test_compiled_mean_refuses_what_it_cannot_read(capability):
+    mean = torch.ops.pygpt.cross_entropy_
+    with pytest.raises(RuntimeError, match="outside the vocabulary"):
+        mean(torch.zeros(2, 3), torch.tensor([0, 3]), -100, True)
+    with pytest.raises(RuntimeError, match="contiguous"):
+        mean(torch.zeros(3, 2).t(), torch.tensor([0, 1]), -100, True)
+    with pytest.raises(RuntimeError, match="float32 or bfloat16"):
+        mean(torch.zeros(2, 3).double(), torch.tensor([0, 1]), -100, True)
+    with pytest.raises(RuntimeError, match="int64"):
+        mean(torch.zeros(2, 3), torch.tensor([0, 1]).int(), -100, True)
+
+
 def test_compiled_rows_do_not_hide_nan(capability):
-    for bad in (torch.nan, torch.inf):
-        logits = torch.zeros(2, 40)
+    for bad, V in itertools.product((torch.nan, torch.inf), (40, 2000)):
+        logits = torch.zeros(2, V)
         logits[0, 17] = bad
         losses = torch.ops.pygpt.cross_entropy_rows_(logits, torch.tensor([3, 3]), -100, torch.ones(()))
         assert torch.isnan(losses[0])

@@ -130,6 +130,10 @@ def _times(x: Tensor, factor: Tensor | None) -> Tensor:
     return x if factor is None else x * factor.to(x.dtype)
 
 
+def _to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.to(dtype)
+
+
 if backends.extension is not None:
     torch.library.register_fake(
         "pygpt::linear_cross_entropy",
@@ -160,22 +164,22 @@ def _loss_and_gradients(
         )
         return loss, of_inputs[0] if need_hidden else None, of_inputs[1] if need_weight else None
     if backend == "cpp" and in_float32(hidden) and hidden.numel() + weight.numel() <= SLICE_BYTES // 4:
-        loss, *grads = _loss_and_gradients(
-            hidden.float(), weight.float(), targets, ignore_index, need_hidden, need_weight
-        )
-        return loss, *(None if grad is None else grad.to(hidden.dtype) for grad in grads)
+        wide = hidden.float(), weight.float()
+        loss, of_hidden, of_weight = _loss_and_gradients(*wide, targets, ignore_index, need_hidden, need_weight)
+        return loss, _to(of_hidden, hidden.dtype), _to(of_weight, weight.dtype)
     compiled = backend in ("cpp", "triton")
     chunks = _chunks(hidden.shape[0], weight.shape[0], hidden.itemsize if compiled else 4, hidden.is_cpu)
+    grad_weight = torch.zeros_like(weight) if need_weight else None
     if backend == "cpp" and len(chunks) == 1:
         logits = matmul_nt(hidden, weight)
         loss = torch.ops.pygpt.cross_entropy_.default(logits, targets, ignore_index, need_hidden or need_weight)
-        of_hidden = matmul_nt(logits, weight.t()) if need_hidden else None
-        return loss, of_hidden, matmul_nt(logits.t(), hidden.t()) if need_weight else None
+        if grad_weight is not None:
+            add_matmul_tn_(grad_weight, logits, hidden)
+        return loss, matmul_nt(logits, weight.t()) if need_hidden else None, grad_weight
     of_rows = _rows_compiled if compiled else _rows
     count = (targets != ignore_index).sum().to(torch.promote_types(hidden.dtype, torch.float32))
     factor = count.clamp(min=1).reciprocal() if need_hidden or need_weight else None
     total, grads = torch.zeros_like(count), []
-    grad_weight = torch.zeros_like(weight) if need_weight else None
     for start, end in chunks:
         x = hidden[start:end]
         losses, grad, left = of_rows(matmul_nt(x, weight), targets[start:end], ignore_index, factor)
