@@ -214,22 +214,13 @@ struct RowsAhead {
 
 // --- softmax -------------------------------------------------------------------------------------------------------
 
-// 2^x as vexp2<4>, 3e-6, one instruction shorter: scalef takes the floor of its exponent by itself, so that the polynomial
-// is one for fractions in 0 .. 1.
-PYGPT_INLINE vf tile_exp2(vf x) {
-  const vf f = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
-  const vf p = (((splat(1.353417e-2f) * f + 5.201146e-2f) * f + 0.24144276f) * f + 0.69300383f) * f + 1.00000259f;
-  return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);
-}
-
-// Adds half a unit of a bfloat16's last place: what lies above is then rounded to nearest.
-PYGPT_INLINE vf half_up(vf x) { return (vf)((vu)x + 0x8000u); }
-
-// Of a vector of queries, the key's row: P^T o Z without 1 / (1 - p) over the scores, dS^T over dP^T.
+// Of a vector of queries, the key's row: P^T o Z without 1 / (1 - p) over the scores, dS^T over dP^T. Both are to be rounded by
+// dropping their lower halves. P brings half of a last place along, and dS with it: as much of itself, that is, as P has of its
+// own, and in the mean what dropping takes away.
 template <bool DROPOUT, bool MASKED>
 PYGPT_INLINE void softmax_backward_lanes(const AttentionShape& shape, vf& score, vf& grad_p, vf lse2, vf minus_delta,
                                          __mmask16 seen, __mmask16 keep) {
-  vf p = tile_exp2(score * (shape.scale * kLog2E) - lse2), dp = grad_p;
+  vf p = exp2_to_drop(score * (shape.scale * kLog2E) - lse2), dp = grad_p;
   if constexpr (DROPOUT) {
     const __m512 inverse_keep = _mm512_set1_ps(shape.dropout.inverse_keep);
     dp = (vf)_mm512_maskz_mul_ps(keep, (__m512)dp, inverse_keep) + minus_delta;
@@ -277,7 +268,7 @@ static void softmax_backward(const AttentionShape& shape, const TileBuffers& w, 
         }
         if constexpr (DROPOUT) kept = keep[v * 64 + r + i];
         softmax_backward_lanes<DROPOUT, MASKED>(shape, s, d, lse2[v], minus_delta[v], seen, kept);
-        p[i][v] = half_up(s), ds[i][v] = half_up(d);
+        p[i][v] = s, ds[i][v] = d;
       }
     if constexpr (KEYS)
 #pragma GCC unroll 2
