@@ -85,7 +85,7 @@ STABLE_TORCH_LIBRARY(pygpt, m) {
   // logits (rows, V) contiguous; targets (rows,) int64 -> the rows' losses (rows,) float32, 0 where the target is
   // ignore_index. With grad_factor, a float32 scalar, logits become (softmax - one_hot) * grad_factor, or 0.
   m.def("cross_entropy_rows_(Tensor(a!) logits, Tensor targets, int ignore_index, Tensor? grad_factor) -> Tensor");
-  // The same for all rows there are: -> their mean loss, a float32 scalar. Where its gradient is wanted, logits become it.
+  // -> the mean loss of the rows that are not ignored, a float32 scalar, NaN without any. Logits become its gradient, if needed.
   m.def("cross_entropy_(Tensor(a!) logits, Tensor targets, int ignore_index, bool need_gradient) -> Tensor");
 
   // hidden (N, C), weight (V, C), bfloat16; targets int64 (N,) -> the mean loss, float32; gradients of hidden and of weight,

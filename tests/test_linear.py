@@ -127,13 +127,19 @@ def test_products_with_a_vocabulary(monkeypatch, capability, libraries, M, N, K,
             assert_close(y, exact, dtype, floor=math.sqrt(K))
 
 
-@pytest.mark.skipif(not linear_module.ONEDNN or backends.extension is None, reason="needs oneDNN and pygpt._C")
+@pytest.mark.skipif(
+    not linear_module.ONEDNN_BESIDE_MKL or backends.extension is None,
+    reason="needs oneDNN, MKL and pygpt._C",
+)
 def test_which_products_are_wide():
-    a, b = torch.ones(129, 3), torch.ones(129 * 32 + 1, 3)
+    a, b = torch.ones(129, 384), torch.ones(129 * 32 + 1, 384)
     assert linear_module._is_wide(a, b)
+    assert linear_module._is_wide(torch.ones(384, 129).t(), b)
     assert not linear_module._is_wide(a, b[1:])
-    assert not linear_module._is_wide(a[:1], b[:4096])
-    assert not linear_module._is_wide(a, torch.ones(3, len(b)).t())
+    assert not linear_module._is_wide(a[:16], b[:4096])
+    assert not linear_module._is_wide(a[:15], b)
+    assert not linear_module._is_wide(torch.ones(129, 383), torch.ones(len(b), 383))
+    assert not linear_module._is_wide(a, torch.ones(384, len(b)).t())
     assert not linear_module._is_wide(a.double(), b.double())
     with backends.use_backend("eager"):
         assert not linear_module._is_wide(a, b)

@@ -4,7 +4,8 @@ Tokens go through in chunks. A chunk's logits are turned into its loss and, wher
 gradients of hidden and weight, so that nothing of size tokens x vocabulary outlives its chunk and backward has no second
 product with the vocabulary to do. The idea of computing the gradient in the forward pass is Liger-Kernel's (Hsu et al.,
 2024). The products go through the library's GEMM; on CPUs a compiled kernel turns a chunk's logits into their gradient in
-place. In bfloat16 on processors with AMX all of it is one compiled operator, csrc/cpu/linear_cross_entropy.cpp.
+place, and where there is but one chunk into their mean as well. In bfloat16 on processors with AMX all of it is one compiled
+operator, csrc/cpu/linear_cross_entropy.cpp.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from pygpt.errors import InputError, InputTypeError
 from pygpt.ops import backends
 from pygpt.ops.autograd import first_order
 from pygpt.ops.checks import check_device
-from pygpt.ops.linear import SLICE_BYTES, add_matmul_tn_, has_tiles, in_float32, matmul_nt
+from pygpt.ops.linear import SLICE_BYTES, add_matmul_tn_, has_own_product, has_tiles, in_float32, linear, matmul_nt
 
 # Where neither answers, the chunks below in torch's own ops are the implementation.
 backends.register("linear_cross_entropy", cpp=(torch.float32, torch.bfloat16))
 
-CHUNK_BYTES = 50 << 20  # logits held at a time, the largest part of a workspace of less than 64 MB
+# Logits held at a time, the largest part of a workspace of less than 64 MB: 256 rows of GPT-2's vocabulary in float32.
+CHUNK_BYTES = 50 << 20
 GPU_CHUNK_BYTES = 128 << 20  # a chunk reads and writes all of the gradient of weight: fewer, where memory allows
 MIN_VOCABULARY = 2048  # of the operator for AMX, whose threads share out the vocabulary
 TILE = 16  # rows of which the library's products go through their fast path
@@ -44,13 +46,28 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
 
     hidden: (N, C) and weight: (V, C), floating point, one dtype. targets: (N,) int64, each in [0, V) or `ignore_index`.
     Returns a float32 scalar (float64 for float64): the mean over targets that are not ignored, NaN when all are. Once
-    differentiable. In forward mode and under torch.func's transforms it is the reference, with the whole logits in memory.
+    differentiable. In forward mode and under torch.func's transforms it is the reference, with the whole logits in memory;
+    on the CPU fewer than 65,536 logits are whole as well, and but for bfloat16 torch's own, unless a backend is forced.
     Raises InputError for shapes, devices and targets out of range, InputTypeError for dtypes.
     """
     if backends.is_autocast(hidden):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         with torch.autocast(hidden.device.type, enabled=False):
             return linear_cross_entropy(hidden.to(dtype), weight.to(dtype), targets, ignore_index)
+    if (
+        backends.automatic_on_cpu(hidden)
+        and hidden.dim() == weight.dim() == 2
+        and 0 < hidden.shape[0] * weight.shape[0] < backends.SMALL
+        and targets.dtype == torch.int64
+        and (hidden.dtype != torch.bfloat16 or backends.choose("linear_cross_entropy", hidden) == "eager")
+    ):
+        try:
+            logits = (linear if has_own_product(hidden) else F.linear)(hidden, weight)
+            return F.cross_entropy(
+                logits if logits.itemsize > 2 else logits.float(), targets, ignore_index=ignore_index
+            )
+        except (RuntimeError, IndexError, ValueError):  # the checks below name what was wrong
+            pass
     _check(hidden, weight, targets)
     if backends.needs_reference():
         backends.choose("linear_cross_entropy", hidden)  # an error where a backend is forced
@@ -92,11 +109,11 @@ def _check_range(targets: Tensor, V: int, ignore_index: int) -> None:
         )
 
 
-def _chunks(tokens: int, V: int, itemsize: int, on_cpu: bool) -> list[tuple[int, int]]:
+def _chunks(tokens: int, row_bytes: int, on_cpu: bool) -> list[tuple[int, int]]:
     """Begin and end of chunks about equally long, in whole tiles: other numbers of rows cost a product up to a third more."""
     bytes_ = CHUNK_BYTES if on_cpu else GPU_CHUNK_BYTES
     tiles = -(-tokens // TILE)
-    chunks = -(-tiles // max(1, bytes_ // (TILE * itemsize * max(V, 1))))
+    chunks = -(-tiles // max(1, bytes_ // (TILE * max(row_bytes, 1))))
     return list(itertools.pairwise([*(TILE * (tiles * i // chunks) for i in range(chunks)), tokens]))
 
 
@@ -163,12 +180,15 @@ def _loss_and_gradients(
             hidden, weight, targets, ignore_index, need_hidden, need_weight
         )
         return loss, of_inputs[0] if need_hidden else None, of_inputs[1] if need_weight else None
-    if backend == "cpp" and in_float32(hidden) and hidden.numel() + weight.numel() <= SLICE_BYTES // 4:
-        wide = hidden.float(), weight.float()
-        loss, of_hidden, of_weight = _loss_and_gradients(*wide, targets, ignore_index, need_hidden, need_weight)
-        return loss, _to(of_hidden, hidden.dtype), _to(of_weight, weight.dtype)
-    compiled = backend in ("cpp", "triton")
-    chunks = _chunks(hidden.shape[0], weight.shape[0], hidden.itemsize if compiled else 4, hidden.is_cpu)
+    (V, C), compiled = weight.shape, backend in ("cpp", "triton")
+    row_bytes = V * (hidden.itemsize if compiled else 4)
+    if backend == "cpp" and not torch.compiler.is_compiling() and in_float32(hidden):
+        if hidden.numel() + weight.numel() <= SLICE_BYTES // 4:  # all at once, and the logits remain what they are
+            wide = hidden.float(), weight.float()
+            loss, of_hidden, of_weight = _loss_and_gradients(*wide, targets, ignore_index, need_hidden, need_weight)
+            return loss, _to(of_hidden, hidden.dtype), _to(of_weight, weight.dtype)
+        row_bytes += 8 * min(V, SLICE_BYTES // (4 * max(C, 1))) + 16 * C  # slices of the products, sums, operands
+    chunks = _chunks(hidden.shape[0], row_bytes, hidden.is_cpu)
     grad_weight = torch.zeros_like(weight) if need_weight else None
     if backend == "cpp" and len(chunks) == 1:
         logits = matmul_nt(hidden, weight)
@@ -179,17 +199,16 @@ def _loss_and_gradients(
     of_rows = _rows_compiled if compiled else _rows
     count = (targets != ignore_index).sum().to(torch.promote_types(hidden.dtype, torch.float32))
     factor = count.clamp(min=1).reciprocal() if need_hidden or need_weight else None
-    total, grads = torch.zeros_like(count), []
+    total, grad_hidden = torch.zeros_like(count), hidden.new_empty(hidden.shape) if need_hidden else None
     for start, end in chunks:
         x = hidden[start:end]
         losses, grad, left = of_rows(matmul_nt(x, weight), targets[start:end], ignore_index, factor)
         total += losses.sum()
-        if need_hidden:
-            grads.append(_times(matmul_nt(grad, weight.t()), left))
+        if grad_hidden is not None:
+            grad_hidden[start:end] = _times(matmul_nt(grad, weight.t()), left)
         if grad_weight is not None:
             add_matmul_tn_(grad_weight, grad, _times(x, left))
         del grad  # not two chunks at a time
-    grad_hidden = None if not need_hidden else grads[0] if len(grads) == 1 else torch.cat([hidden[:0], *grads])
     return total / count, grad_hidden, grad_weight
 
 

@@ -7,8 +7,8 @@ there these products go through oneDNN. In bfloat16 F.linear goes through oneDNN
 the result first; so do the larger of these products here, with the bias added on the way. On processors with AMX the larger
 products of bfloat16 are a kernel of ours, as fast as the library where that is at its best and half as fast again where it
 has to turn its operands round: gradients of weights. On processors without instructions for bfloat16 all of its products are
-computed in float32, which with the conversions takes a half to a tenth of the time. Everywhere else this is `F.linear`
-(bench/LOG.md has the figures).
+computed in float32, which with the conversions takes a half to a tenth of the time. Everywhere else this is `F.linear`; only
+logits of few rows in float32, those of `matmul_nt`, go through oneDNN everywhere (bench/LOG.md has the figures).
 """
 
 from __future__ import annotations
@@ -23,8 +23,12 @@ from pygpt.ops import backends
 from pygpt.ops.autograd import first_order
 
 SLICE_BYTES = 3 << 20  # of a float32 product that is added to another tensor, or of an operand converted to float32
-TIMES_AS_WIDE = 32  # a product's columns for its rows, from which on it is wide
 TILE, WIDE = 64, 4096  # of a dimension of more than 4,096, what fills no tile of 64 is computed apart
+MANY_LOGITS, LOGITS_PER_ROW, MIN_WIDTH = (
+    4096,
+    32,
+    384,
+)  # of products with a vocabulary that oneDNN is faster at than MKL
 # Multiplications of a product below which a function of our own does not win back what it costs: where it is twice as fast
 # as F.linear or more, and where it is a little faster.
 SMALL_PRODUCT, SMALL_PRODUCT_OF_A_PEER = 3 << 19, 1 << 28
@@ -32,6 +36,7 @@ MAX_ROWS_OF_TILES, TILE_STEP = 32, 32  # of the kernel for few rows by AMX tiles
 MIN_ROWS = 16  # of a product for a library; what has fewer is a matter of memory bandwidth
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+ONEDNN_BESIDE_MKL = ONEDNN and torch.backends.mkl.is_available()
 ONEDNN_IS_FASTER = ONEDNN and backends.extension is not None and backends.extension.prefers_onednn()
 MKL_IS_A_PEER = torch.backends.cpu.get_cpu_capability() == "AVX2"  # it leaves AVX-512 unused
 ONEDNN_ADDS_BIAS = ONEDNN and backends.extension is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -104,17 +109,19 @@ def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _is_wide(a: Tensor, b: Tensor) -> bool:
-    """Whether a @ b.T, in float32 on the CPU, has so many columns for its rows, as the logits of a vocabulary, that oneDNN is
-    faster than MKL: by 2 to 25%."""
+    """Whether a @ b.T are the logits of so few rows in float32 on the CPU that oneDNN is faster than MKL: measured on an Intel
+    processor for 16 to 256 rows of width 384 to 4,096 and 12,288 to 50,257 logits, 1.0 to 1.25 times."""
+    M, K = a.shape
     return (
-        ONEDNN
+        ONEDNN_BESIDE_MKL
         and a.is_cpu
         and a.dtype == torch.float32
         and not torch.compiler.is_compiling()
         and backends.choose("linear", a) != "eager"
-        and b.shape[0] > max(WIDE, TIMES_AS_WIDE * a.shape[0])
+        and b.shape[0] > max(MANY_LOGITS, LOGITS_PER_ROW * M)
+        and M >= MIN_ROWS
+        and K >= MIN_WIDTH
         and b.is_contiguous()
-        and 0 not in a.shape
     )
 
 
