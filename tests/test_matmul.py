@@ -1,6 +1,6 @@
 """Products of bfloat16 by AMX tiles, and the head with its loss that is made of them, against float64.
 
-tests/test_linear.py and tests/test_cross_entropy.py cover the level through the public ops like every other; here are the
+tests/test_linear.py and tests/test_cross_entropy*.py cover the level through the public ops like every other; here are the
 sizes at which its panels, blocks and parts end. On a processor without AMX `make test-amx` runs both on an emulation.
 """
 
