@@ -199,13 +199,20 @@ def _loss_and_gradients(
     of_rows = _rows_compiled if compiled else _rows
     count = (targets != ignore_index).sum().to(torch.promote_types(hidden.dtype, torch.float32))
     factor = count.clamp(min=1).reciprocal() if need_hidden or need_weight else None
-    total, grad_hidden = torch.zeros_like(count), hidden.new_empty(hidden.shape) if need_hidden else None
+    total = torch.zeros_like(count)
+    grad_hidden = (
+        hidden.new_empty(hidden.shape) if need_hidden and len(chunks) != 1 else None
+    )  # of one it is the product
     for start, end in chunks:
         x = hidden[start:end]
         losses, grad, left = of_rows(matmul_nt(x, weight), targets[start:end], ignore_index, factor)
         total += losses.sum()
-        if grad_hidden is not None:
-            grad_hidden[start:end] = _times(matmul_nt(grad, weight.t()), left)
+        if need_hidden:
+            part = _times(matmul_nt(grad, weight.t()), left)
+            if grad_hidden is None:
+                grad_hidden = part
+            else:
+                grad_hidden[start:end] = part
         if grad_weight is not None:
             add_matmul_tn_(grad_weight, grad, _times(x, left))
         del grad  # not two chunks at a time

@@ -24,11 +24,8 @@ from pygpt.ops.autograd import first_order
 
 SLICE_BYTES = 3 << 20  # of a float32 product that is added to another tensor, or of an operand converted to float32
 TILE, WIDE = 64, 4096  # of a dimension of more than 4,096, what fills no tile of 64 is computed apart
-MANY_LOGITS, LOGITS_PER_ROW, MIN_WIDTH = (
-    4096,
-    32,
-    384,
-)  # of products with a vocabulary that oneDNN is faster at than MKL
+# Of a float32 product with a vocabulary that oneDNN is faster at than MKL: logits, also for each row, and the least width.
+MANY_LOGITS, LOGITS_PER_ROW, MIN_WIDTH = 4096, 32, 384
 # Multiplications of a product below which a function of our own does not win back what it costs: where it is twice as fast
 # as F.linear or more, and where it is a little faster.
 SMALL_PRODUCT, SMALL_PRODUCT_OF_A_PEER = 3 << 19, 1 << 28
