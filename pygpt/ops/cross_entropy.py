@@ -187,7 +187,8 @@ def _loss_and_gradients(
             wide = hidden.float(), weight.float()
             loss, of_hidden, of_weight = _loss_and_gradients(*wide, targets, ignore_index, need_hidden, need_weight)
             return loss, _to(of_hidden, hidden.dtype), _to(of_weight, weight.dtype)
-        row_bytes += 8 * min(V, SLICE_BYTES // (4 * max(C, 1))) + 16 * C  # slices of the products, sums, operands
+        # Slices of the products, their operands and sums; twice, because what was freed leaves holes.
+        row_bytes += 16 * min(V, SLICE_BYTES // (4 * max(C, 1))) + 32 * C
     chunks = _chunks(hidden.shape[0], row_bytes, hidden.is_cpu)
     grad_weight = torch.zeros_like(weight) if need_weight else None
     if backend == "cpp" and len(chunks) == 1:
@@ -200,9 +201,8 @@ def _loss_and_gradients(
     count = (targets != ignore_index).sum().to(torch.promote_types(hidden.dtype, torch.float32))
     factor = count.clamp(min=1).reciprocal() if need_hidden or need_weight else None
     total = torch.zeros_like(count)
-    grad_hidden = (
-        hidden.new_empty(hidden.shape) if need_hidden and len(chunks) != 1 else None
-    )  # of one it is the product
+    # Of one chunk it is the product itself.
+    grad_hidden = hidden.new_empty(hidden.shape) if need_hidden and len(chunks) != 1 else None
     for start, end in chunks:
         x = hidden[start:end]
         losses, grad, left = of_rows(matmul_nt(x, weight), targets[start:end], ignore_index, factor)
