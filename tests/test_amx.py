@@ -191,8 +191,9 @@ def test_as_good_as_the_level_below(case):
     compared = list(zip(("out", "lse", "grad q", "grad k", "grad v"), amx, below, exact, strict=True))
     if case == "faraway scores":  # gradients there are what float32 leaves of differences of such numbers
         compared = compared[:2]
-    if case == "equal scores":  # the sums are of probabilities rounded to bfloat16, here all the same way
-        assert (compared.pop(1)[1].double() - exact[1]).abs().max() <= 2**-9
+    # A sum of powers of 2 has no larger relative error than they: rounding to bfloat16, 2^-8 at most, and the table's.
+    _, lse_amx, _, lse_exact = compared.pop(1)
+    assert (lse_amx.double() - lse_exact).abs().max() <= 0.0058 + 1e-6 * lse_exact.abs().max()
     for name, a, b, e in compared:
         e = e.detach()
         error, error_below = ((x.double() - e).norm() for x in (a, b))

@@ -70,18 +70,20 @@ static TileBuffers lay_out_tiles(const AttentionShape& shape, float* at) {
 // way at once.
 
 // 32 rows as the first operand of a product over D: n blocks.
+template <bool WHOLE>
 static void pack_first(const bf16* from, int64_t stride, int64_t rows, int64_t D, int64_t n, float* to) {
   for (int64_t r = 0; r < kStep; ++r, from += stride, to += kLanes)
-    for (int64_t i = 0; i < n; ++i) store(to + i * kOperand, (vf)load_slice(from, i * kStep, D, r < rows));
+    for (int64_t i = 0; i < n; ++i) store(to + i * kOperand, (vf)load_slice<WHOLE>(from, i * kStep, D, r < rows));
 }
 
 // 32 rows, transposed, as the second operand of a product over D: two columns of tiles, of n tiles each.
+template <bool WHOLE>
 static void pack_second_across(const bf16* from, int64_t stride, int64_t rows, int64_t D, int64_t n, float* to) {
   for (int64_t r = 0; r < kStep; r += kLanes)
     for (int64_t i = 0; i < n; ++i) {
       vf block[kLanes];
 #pragma GCC unroll 16
-      for (int j = 0; j < kLanes; ++j) block[j] = (vf)load_slice(from + (r + j) * stride, i * kStep, D, r + j < rows);
+      for (int j = 0; j < kLanes; ++j) block[j] = (vf)load_slice<WHOLE>(from + (r + j) * stride, i * kStep, D, r + j < rows);
       transpose<kLanes / 2>(block);
 #pragma GCC unroll 16
       for (int j = 0; j < kLanes; ++j) store(to + (r / kLanes * n + i) * kTile + j * kLanes, block[j]);
@@ -89,13 +91,14 @@ static void pack_second_across(const bf16* from, int64_t stride, int64_t rows, i
 }
 
 // 32 rows as the second operand of a product that sums over them, in pairs 16 apart: n blocks.
+template <bool WHOLE>
 static void pack_second(const bf16* from, int64_t stride, int64_t rows, int64_t D, int64_t n, float* to) {
   const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);  // so that unpacking leaves elements in theirs
   for (int64_t r = 0; r < kLanes; ++r, from += stride, to += kLanes)
     for (int64_t i = 0; i < n; ++i) {
-      const __m512i low = _mm512_permutexvar_epi64(order, load_slice(from, i * kStep, D, r < rows));
+      const __m512i low = _mm512_permutexvar_epi64(order, load_slice<WHOLE>(from, i * kStep, D, r < rows));
       const __m512i high =
-          _mm512_permutexvar_epi64(order, load_slice(from + kLanes * stride, i * kStep, D, r + kLanes < rows));
+          _mm512_permutexvar_epi64(order, load_slice<WHOLE>(from + kLanes * stride, i * kStep, D, r + kLanes < rows));
       store(to + i * kOperand, (vf)_mm512_unpacklo_epi16(low, high));
       store(to + i * kOperand + kTile, (vf)_mm512_unpackhi_epi16(low, high));
     }
@@ -103,22 +106,24 @@ static void pack_second(const bf16* from, int64_t stride, int64_t rows, int64_t 
 
 // 32 rows, transposed, as the first operand of a product that sums over them, in pairs of neighbours: n blocks, `step`
 // floats apart.
+template <bool WHOLE>
 static void pack_first_across(const bf16* from, int64_t stride, int64_t rows, int64_t D, int64_t n, float* to,
                               int64_t step) {
   for (int64_t i = 0; i < n; ++i, to += step) {
-    pack_columns_of_slice<false>(from, stride, rows, i * kStep, D, to, kTile);
-    pack_columns_of_slice<true>(from, stride, rows, i * kStep, D, to, kTile);
+    pack_columns_of_slice<false, WHOLE>(from, stride, rows, i * kStep, D, to, kTile);
+    pack_columns_of_slice<true, WHOLE>(from, stride, rows, i * kStep, D, to, kTile);
   }
 }
 
 // Of 16 rows, the sums of the products of two of their kind.
+template <bool WHOLE>
 static vf sums_of_products(const bf16* a, int64_t a_stride, const bf16* b, int64_t b_stride, int64_t rows, int64_t D) {
   vf sums[kLanes] = {};
   for (int64_t d = 0; d < D; d += kStep)
 #pragma GCC unroll 16
     for (int j = 0; j < kLanes; ++j)
-      sums[j] = (vf)_mm512_dpbf16_ps((__m512)sums[j], (__m512bh)load_slice(a + j * a_stride, d, D, j < rows),
-                                     (__m512bh)load_slice(b + j * b_stride, d, D, j < rows));
+      sums[j] = (vf)_mm512_dpbf16_ps((__m512)sums[j], (__m512bh)load_slice<WHOLE>(a + j * a_stride, d, D, j < rows),
+                                     (__m512bh)load_slice<WHOLE>(b + j * b_stride, d, D, j < rows));
   transpose<kLanes / 2>(sums);
 #pragma GCC unroll 4
   for (int width = kLanes / 2; width > 0; width /= 2)
@@ -308,14 +313,17 @@ static void pack_queries_for_tiles(const AttentionShape& shape, const BackwardIn
     const int64_t first = step * kStep, rows = smaller(kStep, shape.T - first), to = step * n * kOperand;
     const bf16* q = in.q.data + b * in.q.batch + h * in.q.head + first * in.q.time;
     const bf16* grad = in.grad.data + b * in.grad.batch + h * in.grad.head + first * in.grad.time;
-    pack_second_across(q, in.q.time, rows, D, n, w.query_across + to);
-    pack_second(q, in.q.time, rows, D, n, w.query + to);
-    pack_second_across(grad, in.grad.time, rows, D, n, w.grad_across + to);
-    pack_second(grad, in.grad.time, rows, D, n, w.grad + to);
     const bf16* out = in.out + ((b * shape.T + first) * shape.H + h) * D;
-    for (int64_t r = 0; r < kStep; r += kLanes)
-      store(w.minus_delta + first + r, -sums_of_products(out + r * shape.H * D, shape.H * D, grad + r * in.grad.time,
-                                                         in.grad.time, rows - r, D));
+    const auto pack = [&]<bool WHOLE>(std::bool_constant<WHOLE>) {
+      pack_second_across<WHOLE>(q, in.q.time, rows, D, n, w.query_across + to);
+      pack_second<WHOLE>(q, in.q.time, rows, D, n, w.query + to);
+      pack_second_across<WHOLE>(grad, in.grad.time, rows, D, n, w.grad_across + to);
+      pack_second<WHOLE>(grad, in.grad.time, rows, D, n, w.grad + to);
+      for (int64_t r = 0; r < kStep; r += kLanes)
+        store(w.minus_delta + first + r, -sums_of_products<WHOLE>(out + r * shape.H * D, shape.H * D,
+                                                                  grad + r * in.grad.time, in.grad.time, rows - r, D));
+    };
+    rows == kStep && D % kStep == 0 ? pack(std::true_type{}) : pack(std::false_type{});
   }
 }
 
@@ -357,8 +365,8 @@ static void backward_row(const AttentionShape& shape, const TileBuffers& w, int6
 }
 
 // Up to 32 rows of a gradient times `factor`, from its blocks, which are transposed if ACROSS.
-template <bool ACROSS>
-static void store_result_rows(const float* from, int64_t rows, int64_t D, float factor, bf16* to, int64_t stride) {
+template <bool ACROSS, bool WHOLE>
+static void store_rows(const float* from, int64_t rows, int64_t D, float factor, bf16* to, int64_t stride) {
   for (int64_t d = 0; d < D; d += kStep, from += kResult)
     for (int64_t r = 0; r < rows; r += kLanes) {
       __m512i row[kLanes];
@@ -372,8 +380,14 @@ static void store_result_rows(const float* from, int64_t rows, int64_t D, float 
       }
 #pragma GCC unroll 16
       for (int l = 0; l < kLanes; ++l)
-        if (r + l < rows) store_slice(to + (r + l) * stride, d, D, row[l]);
+        if (WHOLE || r + l < rows) store_slice<WHOLE>(to + (r + l) * stride, d, D, row[l]);
     }
+}
+
+template <bool ACROSS>
+static void store_result_rows(const float* from, int64_t rows, int64_t D, float factor, bf16* to, int64_t stride) {
+  rows % kLanes == 0 && D % kStep == 0 ? store_rows<ACROSS, true>(from, rows, D, factor, to, stride)
+                                       : store_rows<ACROSS, false>(from, rows, D, factor, to, stride);
 }
 
 // Packs keys and values from k0 on.
@@ -385,9 +399,13 @@ static void pack_keys_for_tiles(const AttentionShape& shape, const BackwardInput
     const int64_t key = k0 + j * kStep, rows = smaller(kStep, shape.S - key), to = j * n * kOperand;
     const bf16* k = in.k.data + b * in.k.batch + h * in.k.head + key * in.k.time;
     const bf16* v = in.v.data + b * in.v.batch + h * in.v.head + key * in.v.time;
-    pack_first(k, in.k.time, rows, D, n, w.key + to);
-    pack_first(v, in.v.time, rows, D, n, w.value + to);
-    if (QUERIES) pack_first_across(k, in.k.time, rows, D, n, w.key_across + j * kOperand, kBlockKeys / kStep * kOperand);
+    const auto pack = [&]<bool WHOLE>(std::bool_constant<WHOLE>) {
+      pack_first<WHOLE>(k, in.k.time, rows, D, n, w.key + to);
+      pack_first<WHOLE>(v, in.v.time, rows, D, n, w.value + to);
+      if (QUERIES)
+        pack_first_across<WHOLE>(k, in.k.time, rows, D, n, w.key_across + j * kOperand, kBlockKeys / kStep * kOperand);
+    };
+    rows == kStep && D % kStep == 0 ? pack(std::true_type{}) : pack(std::false_type{});
   }
 }
 

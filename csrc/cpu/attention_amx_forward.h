@@ -6,18 +6,21 @@
 //
 // A step is 32 queries against up to 64 keys. What bounds it is the traffic of tiles, then the vectors' arithmetic, and only
 // then products; so all three go on at once: between the rows of the product that makes the next step's scores, and of the
-// one that adds the last step's output, stand the exponentials of this step and the maxima of the next. All that a step
-// works on but keys and values stays in the first-level cache, which those pass by.
+// one that adds the last step's output, stand the exponentials of this step. All that a step works on but keys and values
+// stays in the first-level cache, which those pass by.
+//
+// The reference that scores are taken from, elsewhere the largest so far, is one that they have not exceeded: it is chosen
+// larger than them (kMargin), and a step that exceeds it is done again. So there is no pass over the scores for their
+// largest, and what was summed is seldom multiplied.
 
 namespace pygpt::PYGPT_ISA {
 
 // 32 queries of a block, a group, against tiles from .. to of a block of keys.
 struct TileStep {
   int64_t group, block, from, to;
-  bool first;        // that its queries see
-  float scale[2];    // of each half of the queries: by what to multiply the scores
-  bool by_table[2];  // their exponentials
-  bool raised[2];    // their reference has risen, and what was summed before is to be multiplied by
+  bool first;      // that its queries see
+  Range seen[2];   // of each half of the queries: the tiles of keys that all of them see
+  bool raised[2];  // their reference has risen, and what was summed before is to be multiplied by
   vf factor[2];
   float *scores, *probabilities;  // of each half of the queries kKeyTiles and kKeySlices tiles
 };
@@ -27,19 +30,22 @@ struct TiledForward {
   const AttentionShape& shape;
   const HeadView<const bf16> q, k, v;
   const HeadView<bf16> out;
+  const float scale;                         // of scores as powers of 2
   const int64_t depth, tiles;                // slices of a sum over D; rows of tiles of O^T
   float *keys, *values;                      // per block of keys (kKeyTiles x depth) tiles, (tiles x kKeySlices) tiles
   float *queries, *output;                   // per group (2 x depth) tiles, (2 x tiles) tiles
   float *scores[2], *probabilities[2];       // of two steps: (2 x kKeyTiles) tiles, (2 x kKeySlices) tiles
-  float *largest, *sums;                     // of the softmax, per query: (kBlock)
+  float *reference, *sums;                   // of the softmax, per query: (kBlock)
   float* magnitudes;                         // per block of keys the largest element
   float query_magnitude = 0;
-  bool by_table = false;  // the exponentials of the block of queries, where all see all keys of a step
+  bool by_table = false;  // the exponentials of the block of queries, of keys that all of a half see
   int64_t head = -1, query, packed_end = 0;  // the block's first query; the blocks of keys packed so far
 
   TiledForward(const AttentionShape& of, HeadView<const bf16> q, HeadView<const bf16> k, HeadView<const bf16> v,
                bf16* to, float* space)
-      : shape(of), q(q), k(k), v(v), out{to, of.T * of.H * of.D, of.H * of.D, of.D}, depth(of.width() / 32),
+      : shape(of), q(q), k(k), v(v), out{to, of.T * of.H * of.D, of.H * of.D, of.D},
+        // not 0, which times the -infinity of a hidden score is no number
+        scale(std::fmax(std::fabs(of.scale) * kLog2E, std::numeric_limits<float>::denorm_min())), depth(of.width() / 32),
         tiles((of.D + kSide - 1) / kSide) {
     keys = space, space += shape.key_blocks() * kKeyTiles * depth * kTile;
     values = space, space += shape.key_blocks() * kKeySlices * tiles * kTile;
@@ -49,13 +55,17 @@ struct TiledForward {
       scores[i] = space, space += kKeyTiles * 2 * kTile;
       probabilities[i] = space, space += kKeySlices * 2 * kTile;
     }
-    largest = space, space += kBlock;
+    reference = space, space += kBlock;
     sums = space, space += kBlock;
     magnitudes = space;
   }
 
   void pack_keys_and_values(int64_t of_head, Range blocks);
+  template <bool WHOLE>
+  void pack_block(int64_t block, int64_t count);
   void pack_queries(int64_t first);
+  template <bool WHOLE>
+  void pack_rows(int64_t rows);
   bool next_step(TileStep& step, Range blocks) const;
   bool fits_table(Range blocks) const;
   template <class Work>
@@ -63,55 +73,68 @@ struct TiledForward {
   template <class Work>
   void add_to_output(const TileStep& step, Work& work);
   void mask_scores(TileStep& step) const;
-  void hide(const TileStep& step, int half) const;
-  void raise_largest(TileStep& step, int half, vf top);
+  void hide(const TileStep& step, int half, Range tiles) const;
+  void raise_reference(TileStep& step, int half);
   void rescale(const TileStep& step);
   template <bool DROPOUT>
-  void exponentials(const TileStep& step, int half, const __mmask16* keep);
+  void exponentials(const TileStep& step, int half, Range tiles, const __mmask16* keep);
   template <bool DROPOUT>
   Exponentials<DROPOUT> exponentials_by_table(const TileStep& step, int half, const __mmask16* keep) const;
   template <bool DROPOUT>
-  void finish_exponentials(const TileStep& step, int half, Exponentials<DROPOUT>& exponentials);
+  void finish_exponentials(TileStep& step, int half, Exponentials<DROPOUT>& by, const __mmask16* keep);
   void fill_slice(const TileStep& step);
-  void largest_scores(const TileStep& step, vf top[2]) const;
+  template <bool DROPOUT>
+  void prepare(TileStep& step, int half, const __mmask16* keep);
   template <bool DROPOUT>
   void attend(Range blocks);
   void finish(float* lse) const;
+  template <bool WHOLE>
+  void finish_rows(int64_t rows, float* lse) const;
 };
 
 // Packs the blocks of keys that were not yet, of queries that never move back.
 inline void TiledForward::pack_keys_and_values(int64_t of_head, Range blocks) {
   packed_end = head == of_head ? larger(packed_end, blocks.begin) : blocks.begin;
   head = of_head;
-  const int64_t b = head / shape.H, h = head % shape.H, D = shape.D;
   for (; packed_end < blocks.end; ++packed_end) {
-    const int64_t first = packed_end * kBlock, count = smaller(kBlock, shape.S - first);
-    const bf16* row = k.data + b * k.batch + h * k.head + first * k.time;
-    float* to = keys + packed_end * kKeyTiles * depth * kTile;
-    __m512i magnitude = {};
-    for (int64_t r = 0; r < kBlock; ++r, row += k.time)
-      for (int64_t i = 0; i < depth; ++i) {
-        const __m512i slice = load_slice(row, i * 32, D, r < count);
-        magnitude = larger_magnitudes(magnitude, slice);
-        store(to + (r / kSide * depth + i) * kTile + r % kSide * kSide, (vf)slice);
-      }
-    magnitudes[packed_end] = largest_of(magnitude);
-    row = v.data + b * v.batch + h * v.head + first * v.time;
-    to = values + packed_end * kKeySlices * tiles * kTile;
-    for (int64_t r = 0; r < kBlock; r += 32, row += 32 * v.time, to += kTile)
-      for (int64_t d = 0; d < D; d += 32) {
-        float* tile = to + d / kSide * kKeySlices * kTile;
-        const int64_t next = D - d > kSide ? kKeySlices * kTile : 0;
-        pack_columns_of_slice<false>(row, v.time, count - r, d, D, tile, next);
-        pack_columns_of_slice<true>(row, v.time, count - r, d, D, tile, next);
-      }
+    const int64_t count = smaller(kBlock, shape.S - packed_end * kBlock);
+    count == kBlock && shape.D % 32 == 0 ? pack_block<true>(packed_end, count) : pack_block<false>(packed_end, count);
   }
+}
+
+template <bool WHOLE>
+void TiledForward::pack_block(int64_t block, int64_t count) {
+  const int64_t b = head / shape.H, h = head % shape.H, first = block * kBlock, D = shape.D;
+  const bf16* row = k.at(b, first, h);
+  float* to = keys + block * kKeyTiles * depth * kTile;
+  __m512i magnitude = {};
+  for (int64_t r = 0; r < kBlock; ++r, row += k.time)
+    for (int64_t i = 0; i < depth; ++i) {
+      const __m512i slice = load_slice<WHOLE>(row, i * 32, D, r < count);
+      magnitude = larger_magnitudes(magnitude, slice);
+      store(to + (r / kSide * depth + i) * kTile + r % kSide * kSide, (vf)slice);
+    }
+  magnitudes[block] = largest_of(magnitude);
+  row = v.at(b, first, h);
+  to = values + block * kKeySlices * tiles * kTile;
+  for (int64_t r = 0; r < kBlock; r += 32, row += 32 * v.time, to += kTile)
+    for (int64_t d = 0; d < D; d += 32) {
+      float* tile = to + d / kSide * kKeySlices * kTile;
+      const int64_t next = D - d > kSide ? kKeySlices * kTile : 0;
+      pack_columns_of_slice<false, WHOLE>(row, v.time, count - r, d, D, tile, next);
+      pack_columns_of_slice<true, WHOLE>(row, v.time, count - r, d, D, tile, next);
+    }
 }
 
 inline void TiledForward::pack_queries(int64_t first) {
   query = first;
   const int64_t rows = smaller(kBlock, shape.T - query);
-  const bf16* row = q.data + head / shape.H * q.batch + head % shape.H * q.head + query * q.time;
+  rows % kQueries == 0 && shape.D % 32 == 0 ? pack_rows<true>(rows) : pack_rows<false>(rows);
+}
+
+template <bool WHOLE>
+void TiledForward::pack_rows(int64_t rows) {
+  const bf16* row = q.at(head / shape.H, query, head % shape.H);
   const vu sign = vu{} + (shape.scale < 0 ? 0x80008000u : 0);  // scales the scores by a factor that keeps their order
   __m512i magnitude = {};
   for (int64_t r = 0; r < round_up(rows, kQueries); r += kSide, row += kSide * q.time)
@@ -119,7 +142,7 @@ inline void TiledForward::pack_queries(int64_t first) {
       vf block[kLanes];
 #pragma GCC unroll 16
       for (int j = 0; j < kLanes; ++j) {
-        const __m512i slice = load_slice(row + j * q.time, i * 32, shape.D, r + j < rows);
+        const __m512i slice = load_slice<WHOLE>(row + j * q.time, i * 32, shape.D, r + j < rows);
         magnitude = larger_magnitudes(magnitude, slice);
         block[j] = (vf)((vu)slice ^ sign);
       }
@@ -135,7 +158,7 @@ inline void TiledForward::pack_queries(int64_t first) {
 inline bool TiledForward::fits_table(Range blocks) const {
   float key_magnitude = 0;
   for (int64_t i = blocks.begin; i < blocks.end; ++i) key_magnitude = key_magnitude > magnitudes[i] ? key_magnitude : magnitudes[i];
-  return query_magnitude * key_magnitude * static_cast<float>(shape.D) * std::fabs(shape.scale) * kLog2E < 4000;
+  return query_magnitude * key_magnitude * static_cast<float>(shape.D) * scale < 4000;
 }
 
 // The step after this one, of block -1 before the first: false where there is none. Keys that no query of a group sees
@@ -153,7 +176,6 @@ inline bool TiledForward::next_step(TileStep& step, Range blocks) const {
     const int64_t end = smaller(kBlock, shape.end_key(last) - key);
     step.from = larger(0, begin - key) / 32 * 2, step.to = (end + kSide - 1) / kSide;
     step.first = step.block == begin / kBlock;
-    step.scale[0] = step.scale[1] = std::fabs(shape.scale) * kLog2E;
     if (step.from < step.to && end > 0) return true;
   }
 }
@@ -176,39 +198,43 @@ __attribute__((always_inline)) inline void TiledForward::add_to_output(const Til
                  !step.first, step.to - step.from > 2, work);
 }
 
-// Scales the scores of half of the queries, and hides those of keys that are not seen.
-inline void TiledForward::hide(const TileStep& step, int half) const {
+// Hides the scores of keys that are not seen.
+inline void TiledForward::hide(const TileStep& step, int half, Range tiles) const {
   const int64_t first = query + step.group * kQueries + half * kSide, key = step.block * kBlock;
   vi begin, end = lane_numbers() + static_cast<int32_t>(shape.end_key(first));
   for (int i = 0; i < kLanes; ++i) begin[i] = static_cast<int32_t>(shape.first_key(head, first + i));
   float* s = step.scores + half * kKeyTiles * kTile;
-  for (int64_t i = step.from * kSide; i < step.to * kSide; ++i) {
+  for (int64_t i = tiles.begin * kSide; i < tiles.end * kSide; ++i) {
     const vi at = vi{} + static_cast<int32_t>(key + i);
-    const vf scaled = load(s + i * kSide) * step.scale[half];
-    store(s + i * kSide, (begin <= at) & (at < end) ? scaled : splat(-std::numeric_limits<float>::infinity()));
+    store(s + i * kSide, (begin <= at) & (at < end) ? load(s + i * kSide) : splat(-std::numeric_limits<float>::infinity()));
   }
 }
 
 inline void TiledForward::mask_scores(TileStep& step) const {
-  const int64_t from = step.block * kBlock + step.from * kSide, to = step.block * kBlock + step.to * kSide;
+  const int64_t key = step.block * kBlock;
   for (int half = 0; half < 2; ++half) {
     const int64_t first = query + step.group * kQueries + half * kSide, last = smaller(first + kSide, shape.T) - 1;
-    const bool masked = shape.first_key(head, last) > from || to > shape.end_key(first);
-    step.by_table[half] = by_table && !masked;
-    if (!masked) continue;
-    hide(step, half);
-    step.scale[half] = 1;
+    const int64_t begin = shape.first_key(head, last) - key, end = shape.end_key(first) - key;
+    Range& seen = step.seen[half];
+    seen.end = larger(step.from, smaller(step.to, end / kSide));
+    seen.begin = smaller(seen.end, larger(step.from, (begin + kSide - 1) / kSide));
+    hide(step, half, {step.from, seen.begin});
+    hide(step, half, {seen.end, step.to});
   }
 }
 
-// Largest scores and sums of half of the queries rise to this step's reference, a fixed-point number.
-inline void TiledForward::raise_largest(TileStep& step, int half, vf top) {
+// References of half of the queries, fixed-point numbers, and their sums rise to this step's largest scores.
+inline void TiledForward::raise_reference(TileStep& step, int half) {
+  Largest top;
+  for (int64_t tile = step.from; tile < step.to; ++tile) top.take(step.scores + (half * kKeyTiles + tile) * kTile);
   const int64_t at = step.group * kQueries + half * kSide;
-  const vf before = load(largest + at), after = vmax(kFixedOne - (kFixedOne - top * step.scale[half]), before);
-  step.raised[half] = _mm512_cmp_ps_mask((__m512)after, (__m512)before, _CMP_NEQ_UQ) != 0;
+  const vf before = load(reference + at), needed = kFixedOne - (kFixedOne - top.all() * scale);
+  const __mmask16 higher = _mm512_cmp_ps_mask((__m512)needed, (__m512)before, _CMP_GT_OQ);
+  step.raised[half] = higher != 0;
   if (!step.raised[half]) return;
+  const vf after = (vf)_mm512_mask_add_ps((__m512)before, higher, (__m512)needed, (__m512)splat(kMargin));
   step.factor[half] = vexp2(before - after);
-  store(largest + at, after);
+  store(reference + at, after);
   store(sums + at, load(sums + at) * step.factor[half]);
 }
 
@@ -224,16 +250,17 @@ inline void TiledForward::rescale(const TileStep& step) {
 
 // Scores of half of the queries -> probabilities, unnormalised: of any scores.
 template <bool DROPOUT>
-void TiledForward::exponentials(const TileStep& step, int half, const __mmask16* keep) {
+void TiledForward::exponentials(const TileStep& step, int half, Range tiles, const __mmask16* keep) {
+  if (tiles.begin == tiles.end) return;
   const float* s = step.scores + half * kKeyTiles * kTile;
   float* p = step.probabilities + half * kKeySlices * kTile;
   const int64_t at = step.group * kQueries + half * kSide;
-  const vf scale = splat(step.scale[half]), top = load(largest + at);
+  const vf from = load(reference + at);
   vf sum_even = {}, sum_odd = {};  // of what multiplies V, as rounded; but before dropout
 #pragma GCC unroll 4
-  for (int64_t i = step.from * kSide; i < step.to * kSide; i += 2) {
-    vf even = drop_lower(exp2_to_drop(load(s + i * kSide) * scale - top));
-    vf odd = drop_lower(exp2_to_drop(load(s + (i + 1) * kSide) * scale - top));
+  for (int64_t i = tiles.begin * kSide; i < tiles.end * kSide; i += 2) {
+    vf even = drop_lower(exp2_to_drop(load(s + i * kSide) * scale - from));
+    vf odd = drop_lower(exp2_to_drop(load(s + (i + 1) * kSide) * scale - from));
     sum_even += even;
     sum_odd += odd;
     if constexpr (DROPOUT) {
@@ -245,21 +272,26 @@ void TiledForward::exponentials(const TileStep& step, int half, const __mmask16*
   store(sums + at, load(sums + at) + (sum_even + sum_odd));
 }
 
-// The table's part of them: none where exponentials() does it.
+// The table's part of them: of the tiles that all queries see.
 template <bool DROPOUT>
 Exponentials<DROPOUT> TiledForward::exponentials_by_table(const TileStep& step, int half, const __mmask16* keep) const {
-  return {step.scores + (half * kKeyTiles + step.from) * kTile,
-          step.probabilities + half * kKeySlices * kTile + step.from * (kTile / 2),
-          step.by_table[half] ? 2 * (step.to - step.from) : 0, keep + step.from * kSide, step.scale[half],
-          load(largest + step.group * kQueries + half * kSide)};
+  const Range seen = step.seen[half];
+  return {step.scores + (half * kKeyTiles + seen.begin) * kTile,
+          step.probabilities + half * kKeySlices * kTile + seen.begin * (kTile / 2),
+          by_table ? 2 * (seen.end - seen.begin) : 0, keep + seen.begin * kSide, scale,
+          load(reference + step.group * kQueries + half * kSide)};
 }
 
 template <bool DROPOUT>
-void TiledForward::finish_exponentials(const TileStep& step, int half, Exponentials<DROPOUT>& exponentials) {
-  exponentials.take_rest();
-  if (!step.by_table[half]) return;
+void TiledForward::finish_exponentials(TileStep& step, int half, Exponentials<DROPOUT>& by, const __mmask16* keep) {
+  by.take_rest();
+  if (!by_table) return;
+  if (!by.fit()) {
+    raise_reference(step, half);
+    return exponentials<DROPOUT>(step, half, step.seen[half], keep);
+  }
   float* to = sums + step.group * kQueries + half * kSide;
-  store(to, load(to) + (exponentials.sum[0] + exponentials.sum[1]));
+  store(to, load(to) + (by.sum[0] + by.sum[1]));
 }
 
 // The sum over keys goes in whole slices: the probabilities of keys that are missing are 0.
@@ -270,74 +302,75 @@ inline void TiledForward::fill_slice(const TileStep& step) {
       store(step.probabilities + half * kKeySlices * kTile + step.to * (kTile / 2) + i * kSide, vf{});
 }
 
-inline void TiledForward::largest_scores(const TileStep& step, vf top[2]) const {
-  for (int half = 0; half < 2; ++half) {
-    Largest largest;
-    for (int64_t tile = step.from; tile < step.to; ++tile) largest.take(step.scores + (half * kKeyTiles + tile) * kTile);
-    top[half] = largest.all();
-  }
+// What of the exponentials stands beside no product: those that do not go by the table. They need a reference that holds; so do
+// a query's first scores.
+template <bool DROPOUT>
+void TiledForward::prepare(TileStep& step, int half, const __mmask16* keep) {
+  const Range all = {step.from, step.to}, seen = step.seen[half];
+  step.raised[half] = false;
+  if (by_table && !step.first && seen.begin == all.begin && seen.end == all.end) return;
+  raise_reference(step, half);
+  if (!by_table) return exponentials<DROPOUT>(step, half, all, keep);
+  exponentials<DROPOUT>(step, half, {all.begin, seen.begin}, keep);
+  exponentials<DROPOUT>(step, half, {seen.end, all.end}, keep);
 }
 
 // The block of queries against blocks of keys.
 template <bool DROPOUT>
 void TiledForward::attend(Range blocks) {
-  for (int64_t i = 0; i < kBlock; ++i) largest[i] = std::numeric_limits<float>::lowest(), sums[i] = 0;
+  for (int64_t i = 0; i < kBlock; ++i) reference[i] = std::numeric_limits<float>::lowest(), sums[i] = 0;
   by_table = fits_table(blocks);
   Nothing nothing;
-  TileStep before, now, next = {};
-  next.block = -1;
-  bool begun = false, more = next_step(next, blocks);
-  next.scores = scores[0], next.probabilities = probabilities[0];
-  compute_scores(next, nothing);
-  mask_scores(next);
-  vf top[2];
-  largest_scores(next, top);
-  while (more) {
-    now = next;
+  TileStep steps[3];  // by turns
+  int64_t n = 0;
+  steps[0].block = -1;
+  bool more = next_step(steps[0], blocks);
+  steps[0].scores = scores[0], steps[0].probabilities = probabilities[0];
+  compute_scores(steps[0], nothing);
+  mask_scores(steps[0]);
+  for (; more; ++n) {
+    TileStep &now = steps[n % 3], &next = steps[(n + 1) % 3], &before = steps[(n + 2) % 3];
     __mmask16 keep[2][kBlock];
     for (int half = 0; half < 2; ++half) {
-      raise_largest(now, half, top[half]);
       if constexpr (DROPOUT)
         dropout_keep_by_key(shape.dropout, head, query + now.group * kQueries + half * kSide, now.block, keep[half]);
-      if (!now.by_table[half]) exponentials<DROPOUT>(now, half, keep[half]);
+      prepare<DROPOUT>(now, half, keep[half]);
     }
+    next.group = now.group, next.block = now.block;
     more = next_step(next, blocks);
-    const int other = now.scores == scores[0];
-    next.scores = scores[other], next.probabilities = probabilities[other];
+    next.scores = scores[(n + 1) % 2], next.probabilities = probabilities[(n + 1) % 2];
 
     Exponentials<DROPOUT> first = exponentials_by_table<DROPOUT>(now, 0, keep[0]);
     if (more) {
       compute_scores(next, first);
       mask_scores(next);
     }
-    finish_exponentials(now, 0, first);
+    finish_exponentials(now, 0, first, keep[0]);
 
     Exponentials<DROPOUT> second = exponentials_by_table<DROPOUT>(now, 1, keep[1]);
-    const bool whole = more && next.to - next.from == kKeyTiles;
-    LargestOfBlock of_next(next.scores, whole);
-    if (begun) {
-      Both<Exponentials<DROPOUT>, LargestOfBlock> both{second, of_next};
+    if (n > 0) {
       rescale(before);
-      add_to_output(before, both);
+      add_to_output(before, second);
     }
-    finish_exponentials(now, 1, second);
-    of_next.take_rest();
+    finish_exponentials(now, 1, second, keep[1]);
     fill_slice(now);
-    if (whole)
-      for (int half = 0; half < 2; ++half) top[half] = of_next.half[half].all();
-    else if (more)
-      largest_scores(next, top);
-    before = now, begun = true;
   }
-  rescale(before);
-  add_to_output(before, nothing);
+  const TileStep& last = steps[(n + 2) % 3];
+  rescale(last);
+  add_to_output(last, nothing);
 }
 
 // Divides by the sums and writes out (B, T, H, D) and lse (B, H, T).
 inline void TiledForward::finish(float* lse) const {
-  const int64_t rows = smaller(kBlock, shape.T - query), D = shape.D;
-  bf16* to = out.data + head / shape.H * out.batch + head % shape.H * out.head + query * out.time;
+  const int64_t rows = smaller(kBlock, shape.T - query);
   lse += head * shape.T + query;
+  rows % kSide == 0 && shape.D % 32 == 0 ? finish_rows<true>(rows, lse) : finish_rows<false>(rows, lse);
+}
+
+template <bool WHOLE>
+void TiledForward::finish_rows(int64_t rows, float* lse) const {
+  const int64_t D = shape.D;
+  bf16* to = out.at(head / shape.H, query, head % shape.H);
   const float kept = shape.dropout.on ? shape.dropout.inverse_keep : 1.0f;
   for (int64_t r = 0; r < rows; r += kSide, to += kSide * out.time) {
     const float* o = output + r / kSide * tiles * kTile;
@@ -345,9 +378,11 @@ inline void TiledForward::finish(float* lse) const {
     for (int64_t d = 0; d < D; d += 32, o += 2 * kTile) {
       __m512i row[kLanes];
       load_rows_of_columns(o, D - d > kSide ? kTile : 0, factor, row);  // where there is no second tile, none is stored
-      for (int64_t i = 0; i < smaller(kSide, rows - r); ++i) store_slice(to + i * out.time, d, D, row[i]);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i)
+        if (WHOLE || r + i < rows) store_slice<WHOLE>(to + i * out.time, d, D, row[i]);
     }
-    store_step(lse + r, (load(largest + r) + vlog2(sum)) * kLn2, smaller(kSide, rows - r));
+    store_step(lse + r, (load(reference + r) + vlog2(sum)) * kLn2, smaller(kSide, rows - r));
   }
 }
 

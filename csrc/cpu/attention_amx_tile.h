@@ -132,6 +132,9 @@ PYGPT_INLINE vf vlog2(vf x) {
 // that for each 64th, in units of 2^-11. x is half a last place of bfloat16 too large, so that dropping bits rounds.
 constexpr float kFixedHalf = 8.0f / 2048;
 constexpr float kFixedLeast = 4096 + kFixedHalf, kFixedOne = kFixedLeast + 31;  // whose last place is 2^-11
+// The powers of 2 by which a new reference exceeds the largest score: most larger ones to come then leave it, and so all that
+// was summed, as it is. Powers below 2^-31 of it, 2^-27 of the largest at least, stand for nothing.
+constexpr float kMargin = 4;
 
 constexpr double power_of_two(double x) {
   double sum = 1, term = 1;
@@ -162,13 +165,14 @@ struct Exponentials {
   int64_t left;  // eights of keys
   const __mmask16* keep;
   vf scale, offset, sum[2];  // of what multiplies V, as rounded; but before dropout
+  __m512i bits = {};         // that are set in any fixed-point number
 
   Exponentials(const float* from, float* to, int64_t count, const __mmask16* keep, float scale_by, vf reference)
       : scores(from), probabilities(to), left(count), keep(keep), scale(splat(scale_by)),
         offset(kFixedOne - reference), sum{} {}
   __attribute__((always_inline)) void take() {
     if (left == 0) return;
-    const __m512i least = _mm512_castps_si512(_mm512_set1_ps(kFixedLeast)), ones = _mm512_set1_epi16(0x3f80);
+    const __m512i ones = _mm512_set1_epi16(0x3f80);
     const __m512i lower = _mm512_set4_epi32(0x0d0c0d0c, 0x09080908, 0x05040504, 0x01000100);
     const __m512i fraction = _mm512_set1_epi64(0x0035002500150005);
     const __m512i table = _mm512_loadu_si512(kCorrections.of);
@@ -176,12 +180,13 @@ struct Exponentials {
     for (int i = 0; i < 8; i += 2) {
       vf even = load(scores + i * kSide), odd = load(scores + (i + 1) * kSide);
       asm("" : "+v"(even), "+v"(odd));  // or the compiler copies `scale` instead, by an instruction more
-      const __m512i x = _mm512_max_epi32((__m512i)(even * scale + offset), least);
-      const __m512i y = _mm512_max_epi32((__m512i)(odd * scale + offset), least);
+      const __m512i x = (__m512i)vmax(even * scale + offset, splat(kFixedLeast));
+      const __m512i y = (__m512i)vmax(odd * scale + offset, splat(kFixedLeast));
+      bits = _mm512_ternarylogic_epi32(bits, x, y, 0xfe);  // or
       const __m512i both = _mm512_mask_shuffle_epi8(x, 0xcccccccccccccccc, y, lower);
       const __m512i at = _mm512_multishift_epi64_epi8(fraction, both);
       const __m512i less = _mm512_maskz_permutexvar_epi8(0x5555555555555555, at, table);
-      __m512i p = _mm512_or_si512(_mm512_srli_epi16(_mm512_sub_epi16(both, less), 4), _mm512_set1_epi16(0x3000));
+      __m512i p = _mm512_shrdi_epi16(_mm512_sub_epi16(both, less), _mm512_set1_epi16(3), 4);  // 2^-31 and x's upper bits
       sum[i / 2 % 2] = (vf)_mm512_dpbf16_ps((__m512)sum[i / 2 % 2], (__m512bh)p, (__m512bh)ones);
       if constexpr (DROPOUT)
         p = _mm512_maskz_mov_epi16(_pdep_u32(keep[i], 0x55555555) | _pdep_u32(keep[i + 1], 0xaaaaaaaa), p);
@@ -192,6 +197,8 @@ struct Exponentials {
   __attribute__((always_inline)) void take_rest() {
     while (left > 0) take();
   }
+  // Whether all scores had a place in 16 bits: floats of that range have these upper bits, larger ones others too.
+  bool fit() const { return _mm512_test_epi32_mask(bits, _mm512_set1_epi32(static_cast<int>(~0x4580ffffu))) == 0; }
 };
 
 // The largest scores of half of a step's queries, of no scores at first: sixteen keys at a time.
@@ -208,38 +215,18 @@ struct Largest {
   __attribute__((always_inline)) vf all() const { return vmax(vmax(top[0], top[1]), vmax(top[2], top[3])); }
 };
 
-// The same of both halves, of all tiles of a block of keys.
-struct LargestOfBlock {
-  const float* scores;
-  int64_t left;  // tiles
-  Largest half[2];
-
-  LargestOfBlock(const float* of, bool whole) : scores(of), left(whole ? 2 * kKeyTiles : 0) {}
-  __attribute__((always_inline)) void take() {
-    if (left == 0) return;
-    half[left <= kKeyTiles].take(scores);
-    scores += kTile, --left;
-  }
-  __attribute__((always_inline)) void take_rest() {
-    while (left > 0) take();
-  }
-};
-
-template <class A, class B>
-struct Both {
-  A& a;
-  B& b;
-  __attribute__((always_inline)) void take() { a.take(), b.take(); }
-};
-
 // --- packing -------------------------------------------------------------------------------------------------------
 
-// Elements d .. d + 32 of a row, zero beyond D. Absent rows are zero.
+// Elements d .. d + 32 of a row, zero beyond D. Absent rows are zero. WHOLE: neither is needed; masks cost more than the loads.
+template <bool WHOLE>
 PYGPT_INLINE __m512i load_slice(const bf16* row, int64_t d, int64_t D, bool present) {
+  if constexpr (WHOLE) return _mm512_loadu_si512(row + d);
   return _mm512_maskz_loadu_epi16(present ? _bzhi_u32(~0u, static_cast<unsigned>(smaller(D - d, 32))) : 0, row + d);
 }
 
+template <bool WHOLE>
 PYGPT_INLINE void store_slice(bf16* row, int64_t d, int64_t D, __m512i slice) {
+  if constexpr (WHOLE) return _mm512_storeu_si512(row + d, slice);
   _mm512_mask_storeu_epi16(row + d, _bzhi_u32(~0u, static_cast<unsigned>(smaller(D - d, 32))), slice);
 }
 
@@ -268,21 +255,21 @@ PYGPT_INLINE float largest_of(__m512i magnitudes) {
 
 // Units of elements of rows 2i and 2i + 1, i < 16, one row of units per element: half of the elements d .. d + 32, those
 // that unpacking takes from the low (or HIGH) halves of 128 bits, 4 of every 8.
-template <bool HIGH>
+template <bool HIGH, bool WHOLE>
 static void pack_columns_of_slice(const bf16* row, int64_t stride, int64_t count, int64_t d, int64_t D, float* to,
                                   int64_t next_tile) {
   vf block[kLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) {
-    const __m512i even = load_slice(row + 2 * i * stride, d, D, 2 * i < count);
-    const __m512i odd = load_slice(row + (2 * i + 1) * stride, d, D, 2 * i + 1 < count);
+    const __m512i even = load_slice<WHOLE>(row + 2 * i * stride, d, D, 2 * i < count);
+    const __m512i odd = load_slice<WHOLE>(row + (2 * i + 1) * stride, d, D, 2 * i + 1 < count);
     block[i] = (vf)(HIGH ? _mm512_unpackhi_epi16(even, odd) : _mm512_unpacklo_epi16(even, odd));
   }
   transpose<kLanes / 2>(block);
   to += HIGH ? 4 * kSide : 0;
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i)
-    if (i < 8 || next_tile) store(to + i / 8 * next_tile + (i % 8 / 4 * 8 + i % 4) * kSide, block[i]);
+    if (WHOLE || i < 8 || next_tile) store(to + i / 8 * next_tile + (i % 8 / 4 * 8 + i % 4) * kSide, block[i]);
 }
 
 // --- dropout -------------------------------------------------------------------------------------------------------

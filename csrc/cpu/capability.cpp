@@ -50,7 +50,8 @@ int find_best() {
       !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
     return 1;
   if (!__builtin_cpu_supports("avx512bf16")) return 2;
-  if (!__builtin_cpu_supports("avx512vbmi")) return 3;  // of all processors with AMX; its kernels use it
+  // All processors with AMX have these; its kernels use them.
+  if (!__builtin_cpu_supports("avx512vbmi") || !__builtin_cpu_supports("avx512vbmi2")) return 3;
 #ifdef PYGPT_AMX_EMULATED
   return 4;
 #elif defined(PYGPT_AMX_LEVEL)

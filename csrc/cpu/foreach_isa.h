@@ -61,7 +61,7 @@
 #pragma GCC pop_options
 #if defined(PYGPT_AMX_LEVEL) && defined(PYGPT_KERNELS_FOR_AMX)  // defined by a file whose kernels have variants for it
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,bmi,bmi2,popcnt,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi,prefer-vector-width=512")
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,popcnt,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi,avx512vbmi2,prefer-vector-width=512")
 #define PYGPT_ISA amx
 #define PYGPT_AVX512_BF16 1
 #define PYGPT_LANES 16
