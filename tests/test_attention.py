@@ -313,6 +313,15 @@ def test_equal_scores_average_the_values(capability, T, dtype):
     assert (ones - 1).abs().max() <= 2**-23  # no drift at all in bfloat16, one rounding of 1 / n in float32
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T", [3, 128])
+def test_a_scale_of_zero_averages_the_values(capability, T, dtype):
+    # Of the keys that a query sees: 0 times what hides the others must not hide or spoil anything.
+    q, k, v = qkv(1, T, 128, 1, 64, dtype)
+    mean = v.double().cumsum(1)[:, -T:] / torch.arange(129 - T, 129).view(1, -1, 1, 1)
+    assert_close(ops.causal_attention(q, k, v, 0.0), mean, dtype)
+
+
 @pytest.mark.parametrize("T", [2, 90])
 def test_nan_stays_where_it_belongs(capability, T):
     q, k, v = (t.detach() for t in qkv(1, T, 90, 2, 32))
