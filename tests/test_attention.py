@@ -174,6 +174,17 @@ def test_no_query_sees_a_later_key(capability):
     assert not torch.isclose(before[:, 77:], after[:, 77:]).any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_query_depends_on_another_to_the_bit(capability, dtype):
+    q, k, v = (t.detach() for t in qkv(1, 256, 256, 1, 64, dtype))
+    before = ops.causal_attention(q, k, v)
+    q[:, 200] = 2 * k[:, 150]  # whose score is far above those before
+    after = ops.causal_attention(q, k, v)
+    others = torch.arange(256) != 200
+    assert torch.equal(before[:, others], after[:, others])
+    assert not torch.equal(before[:, 200], after[:, 200])
+
+
 # --- documents -----------------------------------------------------------------------------------------------------
 
 
@@ -315,11 +326,38 @@ def test_equal_scores_average_the_values(capability, T, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("T", [3, 128])
-def test_a_scale_of_zero_averages_the_values(capability, T, dtype):
+@pytest.mark.parametrize("flush", [False, True])
+def test_a_scale_of_zero_averages_the_values(capability, flush, T, dtype):
     # Of the keys that a query sees: 0 times what hides the others must not hide or spoil anything.
     q, k, v = qkv(1, T, 128, 1, 64, dtype)
     mean = v.double().cumsum(1)[:, -T:] / torch.arange(129 - T, 129).view(1, -1, 1, 1)
-    assert_close(ops.causal_attention(q, k, v, 0.0), mean, dtype)
+    torch.set_flush_denormal(flush)
+    try:
+        out = ops.causal_attention(q, k, v, 0.0)
+    finally:
+        torch.set_flush_denormal(False)
+    assert_close(out, mean, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("key", [5, 70, 250])
+def test_nan_of_a_key_reaches_all_queries_that_see_it(capability, key, dtype):
+    q, k, v = (t.detach() for t in qkv(1, 256, 256, 2, 64, dtype))
+    k[0, key, 1, 7] = math.nan
+    out = ops.causal_attention(q, k, v)
+    expected = torch.zeros(1, 256, 2, dtype=torch.bool)
+    expected[0, key:, 1] = True
+    assert torch.equal(out.isnan().any(-1), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_key_that_takes_all_leaves_next_to_nothing(capability, dtype):
+    # The others' weights are far below what a kernel's exponentials hold.
+    S = 16384
+    q, k, v = torch.ones(1, 64, 1, 64), torch.zeros(1, S, 1, 64), torch.ones(1, S, 1, 64)
+    k[:, 0], v[:, 0] = 8.0, 0.0
+    out = ops.causal_attention(*(t.to(dtype) for t in (q, k, v)))
+    assert 0 <= out.min() and out.max() <= S * 2**-27
 
 
 @pytest.mark.parametrize("T", [2, 90])

@@ -9,9 +9,9 @@
 // one that adds the last step's output, stand the exponentials of this step. All that a step works on but keys and values
 // stays in the first-level cache, which those pass by.
 //
-// The reference that scores are taken from, elsewhere the largest so far, is one that they have not exceeded: it is chosen
-// larger than them (kMargin), and a step that exceeds it is done again. So there is no pass over the scores for their
-// largest, and what was summed is seldom multiplied.
+// The reference that a query's scores are taken from, elsewhere the largest so far, is one that they exceed by less than a factor
+// of 2: it is chosen larger than them (kMargin), and what exceeds it by more is done again. So there is no pass over the
+// scores for their largest, and what was summed is seldom multiplied.
 
 namespace pygpt::PYGPT_ISA {
 
@@ -19,7 +19,7 @@ namespace pygpt::PYGPT_ISA {
 struct TileStep {
   int64_t group, block, from, to;
   bool first;      // that its queries see
-  Range seen[2];   // of each half of the queries: the tiles of keys that all of them see
+  Range seen[2];   // of each half of the queries: the tiles of keys that all of them see, whose exponentials go by the table
   bool raised[2];  // their reference has risen, and what was summed before is to be multiplied by
   vf factor[2];
   float *scores, *probabilities;  // of each half of the queries kKeyTiles and kKeySlices tiles
@@ -44,8 +44,8 @@ struct TiledForward {
   TiledForward(const AttentionShape& of, HeadView<const bf16> q, HeadView<const bf16> k, HeadView<const bf16> v,
                bf16* to, float* space)
       : shape(of), q(q), k(k), v(v), out{to, of.T * of.H * of.D, of.H * of.D, of.D},
-        // not 0, which times the -infinity of a hidden score is no number
-        scale(std::fmax(std::fabs(of.scale) * kLog2E, std::numeric_limits<float>::denorm_min())), depth(of.width() / 32),
+        // not 0, nor what the processor may take for it, which times the -infinity of a hidden score is no number
+        scale(std::fmax(std::fabs(of.scale) * kLog2E, std::numeric_limits<float>::min())), depth(of.width() / 32),
         tiles((of.D + kSide - 1) / kSide) {
     keys = space, space += shape.key_blocks() * kKeyTiles * depth * kTile;
     values = space, space += shape.key_blocks() * kKeySlices * tiles * kTile;
@@ -74,10 +74,10 @@ struct TiledForward {
   void add_to_output(const TileStep& step, Work& work);
   void mask_scores(TileStep& step) const;
   void hide(const TileStep& step, int half, Range tiles) const;
-  void raise_reference(TileStep& step, int half);
+  void raise_reference(TileStep& step, int half, __mmask16 queries);
   void rescale(const TileStep& step);
   template <bool DROPOUT>
-  void exponentials(const TileStep& step, int half, Range tiles, const __mmask16* keep);
+  void exponentials(const TileStep& step, int half, Range tiles, __mmask16 queries, const __mmask16* keep);
   template <bool DROPOUT>
   Exponentials<DROPOUT> exponentials_by_table(const TileStep& step, int half, const __mmask16* keep) const;
   template <bool DROPOUT>
@@ -223,13 +223,19 @@ inline void TiledForward::mask_scores(TileStep& step) const {
   }
 }
 
-// References of half of the queries, fixed-point numbers, and their sums rise to this step's largest scores.
-inline void TiledForward::raise_reference(TileStep& step, int half) {
-  Largest top;
-  for (int64_t tile = step.from; tile < step.to; ++tile) top.take(step.scores + (half * kKeyTiles + tile) * kTile);
+// References, fixed-point numbers, of some of half of the queries rise kMargin beyond this step's largest scores, where these
+// are larger, and sums with them.
+inline void TiledForward::raise_reference(TileStep& step, int half, __mmask16 queries) {
+  vf top[4];  // that do not wait for each other
+  for (vf& x : top) x = splat(-std::numeric_limits<float>::infinity());
+  const float* s = step.scores + half * kKeyTiles * kTile;
+  for (int64_t i = step.from * kSide; i < step.to * kSide; i += 4)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) top[j] = vmax(load(s + (i + j) * kSide), top[j]);
+  const vf most = vmax(vmax(top[0], top[1]), vmax(top[2], top[3]));
   const int64_t at = step.group * kQueries + half * kSide;
-  const vf before = load(reference + at), needed = kFixedOne - (kFixedOne - top.all() * scale);
-  const __mmask16 higher = _mm512_cmp_ps_mask((__m512)needed, (__m512)before, _CMP_GT_OQ);
+  const vf before = load(reference + at), needed = kFixedOne - (kFixedOne - most * scale);
+  const __mmask16 higher = _mm512_mask_cmp_ps_mask(queries, (__m512)needed, (__m512)before, _CMP_GT_OQ);
   step.raised[half] = higher != 0;
   if (!step.raised[half]) return;
   const vf after = (vf)_mm512_mask_add_ps((__m512)before, higher, (__m512)needed, (__m512)splat(kMargin));
@@ -248,9 +254,9 @@ inline void TiledForward::rescale(const TileStep& step) {
   }
 }
 
-// Scores of half of the queries -> probabilities, unnormalised: of any scores.
+// Scores of some of half of the queries -> probabilities, unnormalised: of any scores.
 template <bool DROPOUT>
-void TiledForward::exponentials(const TileStep& step, int half, Range tiles, const __mmask16* keep) {
+void TiledForward::exponentials(const TileStep& step, int half, Range tiles, __mmask16 queries, const __mmask16* keep) {
   if (tiles.begin == tiles.end) return;
   const float* s = step.scores + half * kKeyTiles * kTile;
   float* p = step.probabilities + half * kKeySlices * kTile;
@@ -267,12 +273,12 @@ void TiledForward::exponentials(const TileStep& step, int half, Range tiles, con
       even = (vf)_mm512_maskz_mov_ps(keep[i], (__m512)even);
       odd = (vf)_mm512_maskz_mov_ps(keep[i + 1], (__m512)odd);
     }
-    store(p + i / 2 * kSide, pair_upper(even, odd));
+    _mm512_mask_store_ps(p + i / 2 * kSide, queries, (__m512)pair_upper(even, odd));
   }
-  store(sums + at, load(sums + at) + (sum_even + sum_odd));
+  _mm512_mask_store_ps(sums + at, queries, (__m512)(load(sums + at) + (sum_even + sum_odd)));
 }
 
-// The table's part of them: of the tiles that all queries see.
+// The table's part of them.
 template <bool DROPOUT>
 Exponentials<DROPOUT> TiledForward::exponentials_by_table(const TileStep& step, int half, const __mmask16* keep) const {
   const Range seen = step.seen[half];
@@ -286,12 +292,12 @@ template <bool DROPOUT>
 void TiledForward::finish_exponentials(TileStep& step, int half, Exponentials<DROPOUT>& by, const __mmask16* keep) {
   by.take_rest();
   if (!by_table) return;
-  if (!by.fit()) {
-    raise_reference(step, half);
-    return exponentials<DROPOUT>(step, half, step.seen[half], keep);
-  }
+  const __mmask16 again = by.exceeded();
   float* to = sums + step.group * kQueries + half * kSide;
-  store(to, load(to) + (by.sum[0] + by.sum[1]));
+  _mm512_mask_store_ps(to, static_cast<__mmask16>(~again), (__m512)(load(to) + (by.sum[0] + by.sum[1])));
+  if (again == 0) return;
+  raise_reference(step, half, again);  // for the first time: one that prepare() raised is above all scores of the step
+  exponentials<DROPOUT>(step, half, step.seen[half], again, keep);
 }
 
 // The sum over keys goes in whole slices: the probabilities of keys that are missing are 0.
@@ -309,10 +315,10 @@ void TiledForward::prepare(TileStep& step, int half, const __mmask16* keep) {
   const Range all = {step.from, step.to}, seen = step.seen[half];
   step.raised[half] = false;
   if (by_table && !step.first && seen.begin == all.begin && seen.end == all.end) return;
-  raise_reference(step, half);
-  if (!by_table) return exponentials<DROPOUT>(step, half, all, keep);
-  exponentials<DROPOUT>(step, half, {all.begin, seen.begin}, keep);
-  exponentials<DROPOUT>(step, half, {seen.end, all.end}, keep);
+  raise_reference(step, half, 0xffff);
+  if (!by_table) return exponentials<DROPOUT>(step, half, all, 0xffff, keep);
+  exponentials<DROPOUT>(step, half, {all.begin, seen.begin}, 0xffff, keep);
+  exponentials<DROPOUT>(step, half, {seen.end, all.end}, 0xffff, keep);
 }
 
 // The block of queries against blocks of keys.

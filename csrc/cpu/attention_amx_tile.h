@@ -1,5 +1,5 @@
 // What attention by AMX tiles is made of (see foreach_isa.h): products between whose rows other work stands, the exponentials
-// and maxima that do, and packing. Every operand is stored as tiles, 16 rows of 64 bytes one after another.
+// that do, and packing. Every operand is stored as tiles, 16 rows of 64 bytes one after another.
 
 namespace pygpt::PYGPT_ISA {
 
@@ -127,13 +127,14 @@ PYGPT_INLINE vf vlog2(vf x) {
   return (((((splat(1.0f / 9) * u + 1.0f / 7) * u + 1.0f / 5) * u + 1.0f / 3) * u + 1.0f) * t) * (2 * kLog2E) + whole;
 }
 
-// 2^x of fixed-point numbers x in 16 bits, 11 of them fraction, from 2^-31 on, which stands for nothing. Read as one number, a
+// 2^x of fixed-point numbers x in 16 bits, 11 of them fraction, from 2^-31 on, which stands for less. Read as one number, a
 // float's exponent and mantissa are x to within the 9% by which 1 + f exceeds 2^f for fractions f: the table holds the mean of
 // that for each 64th, in units of 2^-11. x is half a last place of bfloat16 too large, so that dropping bits rounds.
 constexpr float kFixedHalf = 8.0f / 2048;
 constexpr float kFixedLeast = 4096 + kFixedHalf, kFixedOne = kFixedLeast + 31;  // whose last place is 2^-11
 // The powers of 2 by which a new reference exceeds the largest score: most larger ones to come then leave it, and so all that
-// was summed, as it is. Powers below 2^-31 of it, 2^-27 of the largest at least, stand for nothing.
+// was summed, as it is. Powers below 2^-31 of it count as that, as 2^-27 of the largest at most: of S keys an error of
+// S 2^-27.
 constexpr float kMargin = 4;
 
 constexpr double power_of_two(double x) {
@@ -180,8 +181,8 @@ struct Exponentials {
     for (int i = 0; i < 8; i += 2) {
       vf even = load(scores + i * kSide), odd = load(scores + (i + 1) * kSide);
       asm("" : "+v"(even), "+v"(odd));  // or the compiler copies `scale` instead, by an instruction more
-      const __m512i x = (__m512i)vmax(even * scale + offset, splat(kFixedLeast));
-      const __m512i y = (__m512i)vmax(odd * scale + offset, splat(kFixedLeast));
+      const __m512i x = (__m512i)vmax(splat(kFixedLeast), even * scale + offset);  // in this order: NaN stays
+      const __m512i y = (__m512i)vmax(splat(kFixedLeast), odd * scale + offset);
       bits = _mm512_ternarylogic_epi32(bits, x, y, 0xfe);  // or
       const __m512i both = _mm512_mask_shuffle_epi8(x, 0xcccccccccccccccc, y, lower);
       const __m512i at = _mm512_multishift_epi64_epi8(fraction, both);
@@ -197,22 +198,8 @@ struct Exponentials {
   __attribute__((always_inline)) void take_rest() {
     while (left > 0) take();
   }
-  // Whether all scores had a place in 16 bits: floats of that range have these upper bits, larger ones others too.
-  bool fit() const { return _mm512_test_epi32_mask(bits, _mm512_set1_epi32(static_cast<int>(~0x4580ffffu))) == 0; }
-};
-
-// The largest scores of half of a step's queries, of no scores at first: sixteen keys at a time.
-struct Largest {
-  vf top[4];  // that do not wait for each other
-
-  Largest() : top{} {
-    for (vf& x : top) x = splat(-std::numeric_limits<float>::infinity());
-  }
-  __attribute__((always_inline)) void take(const float* scores) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kSide; ++i) top[i % 4] = vmax(load(scores + i * kSide), top[i % 4]);
-  }
-  __attribute__((always_inline)) vf all() const { return vmax(vmax(top[0], top[1]), vmax(top[2], top[3])); }
+  // The queries of which a score had no place in 16 bits: floats of that range have these upper bits, others further ones.
+  __mmask16 exceeded() const { return _mm512_test_epi32_mask(bits, _mm512_set1_epi32(static_cast<int>(~0x4580ffffu))); }
 };
 
 // --- packing -------------------------------------------------------------------------------------------------------
