@@ -50,14 +50,14 @@ UNDER_SANITIZERS = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 
 sanitize: $(VENV)/.test         ## tests of the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
 	$(call build-beside,$(SANITIZED),PYGPT_SANITIZE=ON)
 	cd $(SANITIZED) && export $(UNDER_SANITIZERS) && bin/python -c "import pygpt._C" && $(TEST_BESIDE) --timeout 1800 \
-	  $(call cpu-tests,attention attention_bias qkvpacked embedding layer_norm gelu linear linear_int8 matmul decode_blocks cross_entropy cross_entropy_kernel optim)
+	  $(call cpu-tests,attention attention_numerics attention_bias qkvpacked embedding layer_norm gelu linear linear_int8 matmul decode_blocks cross_entropy cross_entropy_kernel optim)
 
 # On a processor with AVX-512 BF16; SANITIZE=1 also with the sanitizers. Of the levels only this one: the others are not emulated.
 EMULATED := build/amx$(if $(SANITIZE),-sanitize)
 test-amx: $(VENV)/.test         ## tests of the kernels for AMX, on an emulation of its instructions
 	$(call build-beside,$(EMULATED),PYGPT_AMX_EMULATED=ON $(if $(SANITIZE),PYGPT_SANITIZE=ON))
 	cd $(EMULATED) && $(if $(SANITIZE),export $(UNDER_SANITIZERS) &&) $(TEST_BESIDE) $(if $(SANITIZE),--timeout 1800,-n 2) \
-	  -k "amx or matmul or cpp" $(call cpu-tests,amx matmul linear attention attention_bias qkvpacked cross_entropy cross_entropy_kernel)
+	  -k "amx or matmul or cpp" $(call cpu-tests,amx matmul linear attention attention_numerics attention_bias qkvpacked cross_entropy cross_entropy_kernel)
 
 lint: $(VENV)/.dev              ## formatting, lint, types
 	$(BIN)/ruff check .
