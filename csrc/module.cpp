@@ -46,6 +46,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_capability", &pygpt::set_capability, pybind11::arg("name"), "Lower the instruction set, or raise it again; \"\": as at first.");
   m.def("prefers_onednn", &prefers_onednn, "Whether float32 products are faster through oneDNN than through MKL here.");
   m.def("multiplies_bf16", &pygpt::multiplies_bf16, "Whether products of bfloat16 are faster than those of float32 here.");
+  m.def("multiplies_by_vectors", &pygpt::multiplies_by_vectors, "Whether products go through our vectors: level in use.");
   m.def("has_tiles", &pygpt::has_tiles, "Whether products of bfloat16 go through AMX tiles: processor, and level in use.");
   m.def("tune_allocator", &tune_allocator, "Keep freed memory in this process; see pygpt.tune_allocator.");
 }

@@ -108,6 +108,8 @@ bool multiplies_bf16() {
 #endif
 }
 
+bool multiplies_by_vectors() { return capability() == Capability::avx2; }
+
 bool has_tiles() { return capability() >= Capability::amx; }
 
 void set_capability(const std::string& name) {

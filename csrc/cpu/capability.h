@@ -22,6 +22,8 @@ Capability capability();
 Capability product_capability();
 // Whether a library's products of bfloat16 are faster than those of float32.
 bool multiplies_bf16();
+// Whether products of matrices, of float32 and of bfloat16, are faster by matmul_vector.cpp than by a library. With AVX-512 not measured.
+bool multiplies_by_vectors();
 // Whether the level in use has AMX tiles.
 bool has_tiles();
 // Lowers (or raises again) the level, or for "" puts back what it was at first; throws std::invalid_argument for a name the

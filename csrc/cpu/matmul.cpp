@@ -1,188 +1,79 @@
-// Products of bfloat16 matrices on processors with AMX: operands, blocks, threads and registration. The arithmetic is
-// matmul_kernel.h.
-//
-// The library is half as fast where it has to turn an operand round: bench/LOG.md has the figures. Here the
-// smaller operand is packed once, by all threads, and read from the last-level cache; of the other each thread packs a block
-// at a time that stays in its second-level cache. Blocks depend on the number of threads, the order of every sum does not.
+// Products of matrices on the CPU: checks, operands and registration. bfloat16 goes by AMX tiles where the processor has them,
+// all else by vectors.
 
 #include "cpu/matmul.h"
 
+#include <type_traits>
 #include <vector>
 
-#define PYGPT_KERNELS_FOR_AMX
-#define PYGPT_KERNELS "cpu/matmul_kernel.h"
-#include "cpu/foreach_isa.h"
-
 namespace pygpt {
-
-#ifdef PYGPT_AMX_LEVEL
-
 namespace {
 
-constexpr int64_t kBlockElements = 384 << 10;  // of a thread's block: with what passes by it fits a second-level cache of 2 MiB
-constexpr int64_t kMaxBlock = 512;             // rows or columns of it
-
-constexpr int64_t kMaxSums = 8 << 20;  // that wait in memory, in float32, between parts of the summed dimension
-
-// The summed dimension goes in parts of this length, about equally long; in one where too many sums would wait meanwhile.
-int64_t part_of(int64_t K, const MatmulOut& out) {
-  const bool whole = out.finish != Finish::round || out.rows * out.columns > kMaxSums;
-  const int64_t parts = whole ? 1 : (K + kMatmulMaxK - 1) / kMatmulMaxK;
-  return ((K + parts - 1) / parts + kMatmulStep - 1) / kMatmulStep * kMatmulStep;
-}
-
-int64_t largest_block(int64_t k) {  // in panels of k
-  return std::clamp<int64_t>(kBlockElements / matmul_panel_elements(k), 1, kMaxBlock / kMatmulPanel);
-}
-
-// Whether to write a result past the caches: no second-level cache holds it, and each 32 columns are a cache line.
-bool goes_past_caches(const MatmulOut& out) {
-  return out.finish == Finish::round && !out.add && out.rows * out.columns > (1 << 20) && out.stride % 32 == 0 &&
-         reinterpret_cast<uintptr_t>(out.data) % 64 == 0;
-}
-
-// Elements k .. k + count_k of the summed dimension.
-void pack_panels(const MatmulOperand& operand, bool left, int64_t count, int64_t k, int64_t count_k, bf16* to) {
-  torch::stable::parallel_for(0, matmul_panels(count), 1, [&](int64_t begin, int64_t end) {
-    amx::matmul_pack(operand.at(k, begin), operand.strides, operand.panels, left,
-                     std::min(count, end * kMatmulPanel) - begin * kMatmulPanel, count_k,
-                     to + begin * matmul_panel_elements(count_k));
-  });
-}
-
-}  // namespace
-
-MatmulOperand pack(const MatmulOperand& operand, bool left, int64_t count, int64_t K, bf16* to) {
-  pack_panels(operand, left, count, 0, K, to);
-  return packed_operand(to, K);
-}
-
-int64_t statistics_block(int64_t K) { return largest_block(K) * kMatmulPanel; }
-
-void multiply(const MatmulOperand& left, const MatmulOperand& right, int64_t K, MatmulOut out, Workspace& workspace,
-              float* sums, bool first, bool last) {
-  out.past_caches = goes_past_caches(out);
-  // The smaller operand is shared; but rather long rows of the result from each block than short ones.
-  const bool left_is_block = out.finish == Finish::round && out.rows >= 2 * out.columns;
-  const MatmulOperand &blocks = left_is_block ? left : right, &shared = left_is_block ? right : left;
-  const int64_t count = left_is_block ? out.rows : out.columns, shared_count = left_is_block ? out.columns : out.rows;
-  const int64_t threads = torch::stable::get_num_threads(), k_part = part_of(K, out), size = matmul_panel_elements(k_part);
-  const int64_t panels = matmul_panels(count), shared_panels = matmul_panels(shared_count), largest = largest_block(k_part);
-  // As many blocks as a multiple of the threads, none larger than the cache allows, and about equally large.
-  const bool fixed = out.finish == Finish::statistics;
-  const int64_t rounds = (panels + largest * threads - 1) / (largest * threads);
-  const int64_t items = fixed ? (panels + largest - 1) / largest : std::min(panels, rounds * threads);
-  const int64_t in_block = fixed ? largest : (panels + items - 1) / items, parts = std::min(threads, items);
-  const auto first_panel = [&](int64_t item) { return fixed ? std::min(panels, item * largest) : panels * item / items; };
-  const bool across = sums || K > k_part, own_sums = across && !sums;
-
-  // In floats.
-  const int64_t of_block = blocks.packed ? 0 : in_block * size / 2, of_shared = shared.packed ? 0 : shared_panels * size / 2;
-  const int64_t per_part = of_block + (across ? 0 : in_block * kMatmulSums);
-  float* base = workspace.floats(parts * per_part + of_shared + (own_sums ? panels * shared_panels * kMatmulSums : 0));
-  bf16* packed = reinterpret_cast<bf16*>(base + parts * per_part);
-  if (own_sums) sums = base + parts * per_part + of_shared;
-  for (int64_t k = 0; k < K; k += k_part) {
-    const int64_t here = std::min(k_part, K - k);
-    const int64_t here_size = matmul_panel_elements(here);
-    amx::MatmulPanels other{shared.at(k, 0), shared.panels.free};
-    if (!shared.packed) pack_panels(shared, !left_is_block, shared_count, k, here, packed), other = {packed, here_size};
-    torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; ++part)
-        for (int64_t item = items * part / parts; item < items * (part + 1) / parts; ++item) {
-          const int64_t panel = first_panel(item), from = panel * kMatmulPanel;
-          const int64_t to = std::min(count, first_panel(item + 1) * kMatmulPanel);
-          float* of_item = across ? sums + panel * shared_panels * kMatmulSums : base + part * per_part + of_block;
-          amx::MatmulPanels block{blocks.at(k, panel), blocks.panels.free};
-          if (!blocks.packed) {
-            bf16* own = reinterpret_cast<bf16*>(base + part * per_part);
-            amx::matmul_pack(block.data, blocks.strides, blocks.panels, left_is_block, to - from, here, own);
-            block = {own, here_size};
-          }
-          amx::matmul_block(out, left_is_block, block, item, from, to, other, here, of_item, across, first && k == 0,
-                            last && k + here == K);
-        }
-    });
-  }
-}
-
-bool multiply_few_rows(const bf16* x, int64_t rows, int64_t K, const bf16* weight, int64_t N, const bf16* bias, bf16* y) {
-  constexpr int64_t kBlock = 32, kMinBlocks = 8;  // rows of weight; blocks that a thread takes at least
-  if (!has_tiles() || rows > kMatmulPanel || K == 0 || K % 32 || reinterpret_cast<uintptr_t>(weight) % 64) return false;
-  std::vector<bf16> space(matmul_panel_elements(K) + 32);
-  bf16* packed = reinterpret_cast<bf16*>((reinterpret_cast<uintptr_t>(space.data()) + 63) / 64 * 64);
-  amx::matmul_pack(x, {1, K}, {}, false, rows, K, packed);
-  torch::stable::parallel_for(0, (N + kBlock - 1) / kBlock, kMinBlocks, [&](int64_t begin, int64_t end) {
-    amx::matmul_few_rows(packed, rows, weight, K, bias, y, N, begin * kBlock, std::min(N, end * kBlock));
-  });
-  return true;
-}
-
-namespace {
-
-// x as an operand; where no stride is 1, a copy.
-MatmulOperand operand(Tensor& x, int64_t free_dim) {
+// Where no stride is 1, a copy of x. free_dim: the dimension that the result has too.
+MatmulStrides strides_of(Tensor& x, int64_t free_dim) {
   if (x.stride(0) != 1 && x.stride(1) != 1) x = torch::stable::contiguous(x);
   MatmulStrides strides{x.stride(1 - free_dim), x.stride(free_dim)};
   if (strides.k != 1 && strides.free != 1) strides.free = 1;  // there is but one element
-  return {static_cast<const bf16*>(x.const_data_ptr()), strides};
+  return strides;
+}
+
+template <class T>
+const T* data(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
+void multiply_by_tiles(Tensor& a, Tensor& b, const bf16* bias, bool add, Tensor& out) {
+  MatmulOut to{out.size(0), out.size(1)};
+  to.data = static_cast<bf16*>(out.mutable_data_ptr()), to.stride = out.stride(0), to.bias = bias, to.add = add;
+  const MatmulStrides left = strides_of(a, 0), right = strides_of(b, 1);
+  Workspace workspace(out);
+  multiply({data<bf16>(a), left}, {data<bf16>(b), right}, a.size(1), to, workspace);
+}
+
+template <class T>
+void multiply_by_vectors(Tensor& a, Tensor& b, const float* bias, bool add, Tensor& out) {
+  VectorOut<T> to{out.size(0), out.size(1), static_cast<T*>(out.mutable_data_ptr()), out.stride(0), bias, add};
+  const MatmulStrides left = strides_of(a, 0), right = strides_of(b, 1);
+  Workspace workspace(out);
+  multiply_by_vectors<T>({data<T>(a), left}, {data<T>(b), right}, a.size(1), to, workspace);
+}
+
+void run(Tensor a, Tensor b, std::optional<Tensor> bias, bool add, Tensor& out) {
+  if (!out.numel()) return;
+  const ScalarType dtype = a.scalar_type();
+  if (bias) bias = as_contiguous(dtype == ScalarType::BFloat16 && has_tiles() ? *bias : to_dtype(*bias, ScalarType::Float));
+  if (dtype == ScalarType::BFloat16 && has_tiles())
+    return multiply_by_tiles(a, b, bias ? data<bf16>(*bias) : nullptr, add, out);
+  (dtype == ScalarType::Float ? multiply_by_vectors<float> : multiply_by_vectors<bf16>)(
+      a, b, bias ? data<float>(*bias) : nullptr, add, out);
 }
 
 void check(const char* op, const Tensor& a, const Tensor& b) {
-  PYGPT_CHECK(capability() >= Capability::amx, op, ": this processor, or the capability in use, has no AMX");
   PYGPT_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0), op, ": a must be (M, K) and b (K, N)");
-  PYGPT_CHECK(a.scalar_type() == ScalarType::BFloat16 && b.scalar_type() == ScalarType::BFloat16, op,
-              ": a and b must be bfloat16");
+  PYGPT_CHECK((a.scalar_type() == ScalarType::Float || a.scalar_type() == ScalarType::BFloat16) &&
+                  b.scalar_type() == a.scalar_type(),
+              op, ": a and b must both be float32, or both bfloat16");
   PYGPT_CHECK(a.size(1) > 0, op, ": there is nothing to sum");
-}
-
-void run(Tensor a, Tensor b, const bf16* bias, bool add, Tensor& out) {
-  MatmulOut to{out.size(0), out.size(1)};
-  to.data = static_cast<bf16*>(out.mutable_data_ptr()), to.stride = out.stride(0), to.bias = bias, to.add = add;
-  Workspace workspace(out);
-  if (to.rows && to.columns) multiply(operand(a, 0), operand(b, 1), a.size(1), to, workspace);
 }
 
 Tensor matmul(Tensor a, Tensor b, std::optional<Tensor> bias) {
   check("matmul", a, b);
-  if (bias) {
-    PYGPT_CHECK(bias->dim() == 1 && bias->size(0) == b.size(1) && bias->scalar_type() == ScalarType::BFloat16,
-                "matmul: bias must be bfloat16 (N,)");
-    bias = as_contiguous(*bias);
-  }
-  Tensor out = new_empty(a, {a.size(0), b.size(1)}, ScalarType::BFloat16);
-  run(a, b, bias ? static_cast<const bf16*>(bias->const_data_ptr()) : nullptr, false, out);
+  PYGPT_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == b.size(1) && bias->scalar_type() == a.scalar_type()),
+              "matmul: bias must be (N,), of the dtype of a and b");
+  Tensor out = new_empty(a, {a.size(0), b.size(1)}, a.scalar_type());
+  run(a, b, bias, false, out);
   return out;
 }
 
 void add_matmul_(Tensor out, Tensor a, Tensor b) {
   check("add_matmul_", a, b);
   PYGPT_CHECK(out.dim() == 2 && out.size(0) == a.size(0) && out.size(1) == b.size(1) && out.is_contiguous() &&
-                  out.scalar_type() == ScalarType::BFloat16,
-              "add_matmul_: out must be bfloat16 (M, N), contiguous");
-  run(a, b, nullptr, true, out);
+                  out.scalar_type() == a.scalar_type(),
+              "add_matmul_: out must be (M, N), contiguous, of the dtype of a and b");
+  run(a, b, std::nullopt, true, out);
 }
 
 }  // namespace
-
-#else
-
-int64_t statistics_block(int64_t) { return 1; }
-
-MatmulOperand pack(const MatmulOperand& operand, bool, int64_t, int64_t, bf16*) { return operand; }
-
-void multiply(const MatmulOperand&, const MatmulOperand&, int64_t, MatmulOut, Workspace&, float*, bool, bool) {}
-
-bool multiply_few_rows(const bf16*, int64_t, int64_t, const bf16*, int64_t, const bf16*, bf16*) { return false; }
-
-namespace {
-
-Tensor matmul(Tensor, Tensor, std::optional<Tensor>) { STD_TORCH_CHECK(false, "matmul: built without AMX"); }
-void add_matmul_(Tensor, Tensor, Tensor) { STD_TORCH_CHECK(false, "add_matmul_: built without AMX"); }
-
-}  // namespace
-
-#endif
 
 STABLE_TORCH_LIBRARY_IMPL(pygpt, CPU, m) {
   m.impl("matmul", TORCH_BOX(&matmul));

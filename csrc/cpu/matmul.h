@@ -1,4 +1,5 @@
-// What matmul.cpp, its kernel and its callers share: operands, how panels lie in memory, and what becomes of a product.
+// What the products of matrices and their callers share: operands, how panels lie in memory, and what becomes of a product. By
+// AMX tiles: matmul_amx.cpp; by vectors: matmul_vector.cpp.
 #pragma once
 
 #include "cpu/capability.h"
@@ -97,5 +98,38 @@ void multiply(const MatmulOperand& left, const MatmulOperand& right, int64_t K, 
 // x (rows x K) times weight (N x K) transposed + bias -> y (rows x N), all contiguous, at the pace of reading weight. Whether
 // it can: by AMX tiles, at most 32 rows, K a multiple of 32, weight at the beginning of a cache line.
 bool multiply_few_rows(const bf16* x, int64_t rows, int64_t K, const bf16* weight, int64_t N, const bf16* bias, bf16* y);
+
+// --- by vectors ------------------------------------------------------------------------------------------------------
+
+// Rows and columns of the register block.
+struct MatmulTile {
+  int64_t rows, columns;
+};
+
+// Of the strides of its elements one is 1.
+template <class T>
+struct VectorOperand {
+  const T* at(int64_t k, int64_t free) const { return data + k * strides.k + free * strides.free; }
+
+  const T* data;
+  MatmulStrides strides;
+};
+
+// The result, `stride` elements from row to row. Sums that are not complete wait in `sums`, which may be the result itself.
+template <class T>
+struct VectorOut {
+  int64_t rows, columns;
+  T* data;
+  int64_t stride;
+  const float* bias = nullptr;  // (columns,)
+  bool add = false;             // to what is there
+  float* sums = nullptr;
+  int64_t sums_stride = 0;
+  bool first = true, last = true;  // whether no sums wait, and whether none are to wait
+};
+
+// left (rows x K) times right (K x columns), in float32 whatever T is; float or bf16.
+template <class T>
+void multiply_by_vectors(VectorOperand<T> left, VectorOperand<T> right, int64_t K, VectorOut<T> out, Workspace& workspace);
 
 }  // namespace pygpt

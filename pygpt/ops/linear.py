@@ -6,9 +6,10 @@ processors that are not Intel's reaches less than half of what oneDNN, in every 
 there these products go through oneDNN. In bfloat16 F.linear goes through oneDNN itself, but copies the bias to all rows of
 the result first; so do the larger of these products here, with the bias added on the way. On processors with AMX the larger
 products of bfloat16 are a kernel of ours, as fast as the library where that is at its best and half as fast again where it
-has to turn its operands round: gradients of weights. On processors without instructions for bfloat16 all of its products are
-computed in float32, which with the conversions takes a half to a tenth of the time. Everywhere else this is `F.linear`; only
-logits of few rows in float32, those of `matmul_nt`, go through oneDNN everywhere (bench/LOG.md has the figures).
+has to turn its operands round: gradients of weights. With AVX2 alone, where oneDNN and MKL each lose a third or more in some of
+the layouts, all larger products are another kernel of ours. With AVX-512 but without instructions for bfloat16 all of its
+products are computed in float32, which with the conversions takes a half to a tenth of the time. Everywhere else this is
+`F.linear`; only logits of few rows in float32, those of `matmul_nt`, go through oneDNN everywhere (bench/LOG.md has the figures).
 """
 
 from __future__ import annotations
@@ -35,9 +36,8 @@ MIN_ROWS = 16  # of a product for a library; what has fewer is a matter of memor
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 ONEDNN_BESIDE_MKL = ONEDNN and torch.backends.mkl.is_available()
 ONEDNN_IS_FASTER = ONEDNN and backends.extension is not None and backends.extension.prefers_onednn()
-MKL_IS_A_PEER = torch.backends.cpu.get_cpu_capability() == "AVX2"  # it leaves AVX-512 unused
 ONEDNN_ADDS_BIAS = ONEDNN and backends.extension is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-MIN_ROWS_IN_FLOAT32 = 24 if MKL_IS_A_PEER else 64  # of a product whose operands are to be converted for the library
+MIN_ROWS_IN_FLOAT32 = 64  # of a product whose operands are to be converted for the library
 backends.register("linear", cpp=(torch.float32, torch.bfloat16))
 
 
@@ -45,8 +45,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias, as `F.linear`: x (..., K), weight (N, K), bias (N,) or None -> (..., N). Its errors too.
 
     On the CPU a product of fewer than 1.5 million multiplications is F.linear itself, unless a backend is forced; where
-    F.linear itself is fast, in bfloat16 with instructions for it and in float32 without AVX-512, one of fewer than 268
-    million."""
+    F.linear itself is fast, in bfloat16 with instructions for it, one of fewer than 268 million."""
     if (
         backends.choose("linear", x) == "eager"
         or x.dim() < 2
@@ -66,10 +65,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return torch.ops.pygpt.linear_few_rows.default(x, weight, bias)
     if x.numel() < MIN_ROWS * x.shape[-1]:
         return F.linear(x, weight, bias)
-    if ours := in_float32(x):
-        least = SMALL_PRODUCT
-    elif x.dtype == torch.float32:
-        ours, least = ONEDNN_IS_FASTER, SMALL_PRODUCT_OF_A_PEER if MKL_IS_A_PEER else SMALL_PRODUCT
+    if x.dtype == torch.float32 or in_float32(x) or has_vectors(x):
+        ours, least = has_own_product(x), SMALL_PRODUCT
     else:
         ours, least = has_tiles(x) or (ONEDNN_ADDS_BIAS and bias is not None), SMALL_PRODUCT_OF_A_PEER
     small = x.numel() * weight.shape[0] < least and backends.automatic_on_cpu(x)
@@ -144,7 +141,7 @@ def _by_whole_tiles(a: Tensor, b: Tensor) -> Tensor:
 def add_matmul_tn_(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out (N, K) += a.T @ b for matrices a (M, N) and b (M, K) of any strides, outside autograd."""
     if _has_own_way(a, b):
-        if has_tiles(a):
+        if has_kernel(a):
             torch.ops.pygpt.add_matmul_.default(out, a.t(), b)
             return
         rows = max(MIN_ROWS, SLICE_BYTES // (4 * out.shape[1]))
@@ -168,8 +165,13 @@ def has_few_rows(x: Tensor) -> bool:
 
 
 def in_float32(x: Tensor) -> bool:
-    """Whether products of x are computed in float32 though it is bfloat16."""
-    return x.dtype == torch.bfloat16 and backends.extension is not None and not backends.extension.multiplies_bf16()
+    """Whether products of x, though it is bfloat16, are the library's of float32."""
+    return (
+        x.dtype == torch.bfloat16
+        and backends.extension is not None
+        and not backends.extension.multiplies_bf16()
+        and not backends.extension.multiplies_by_vectors()
+    )
 
 
 def has_tiles(x: Tensor) -> bool:
@@ -181,12 +183,27 @@ def _has_tiles() -> bool:
     return backends.extension is not None and bool(backends.extension.has_tiles())
 
 
+def has_vectors(x: Tensor) -> bool:
+    """Whether products of x go through our kernel for AVX2."""
+    return x.dtype in (torch.float32, torch.bfloat16) and _has_vectors()
+
+
+def _has_vectors() -> bool:
+    return backends.extension is not None and bool(backends.extension.multiplies_by_vectors())
+
+
+def has_kernel(x: Tensor) -> bool:
+    """Whether products of x, of MIN_ROWS rows or more, go through a kernel of ours."""
+    return has_tiles(x) or has_vectors(x)
+
+
+_has_vectors._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as below
 _has_tiles._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a compiler cannot trace into the extension
 
 
 def has_own_product(x: Tensor) -> bool:
     """Whether products of x on the CPU, to which no bias is added, are not the library's as torch calls it."""
-    return ONEDNN_IS_FASTER if x.dtype == torch.float32 else in_float32(x) or has_tiles(x)
+    return has_kernel(x) or (ONEDNN_IS_FASTER if x.dtype == torch.float32 else in_float32(x))
 
 
 def _has_own_way(a: Tensor, b: Tensor) -> bool:
@@ -205,7 +222,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear outside autograd through what is fastest; x and weight of MIN_ROWS rows or more, bias contiguous."""
     if in_float32(x):
         return _product(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
-    if has_tiles(x):
+    if has_kernel(x):
         rows = torch.ops.pygpt.matmul.default(x.reshape(-1, x.shape[-1]), weight.t(), bias)
         return rows.view(*x.shape[:-1], weight.shape[0])
     if ONEDNN_IS_FASTER if x.dtype == torch.float32 else ONEDNN_ADDS_BIAS and bias is not None:
@@ -229,16 +246,13 @@ class _Linear(torch.autograd.Function):
             grad_bias = torch.ops.pygpt.column_sum.default(rows)
         if in_float32(x):
             rows, x_rows, weight = rows.float(), x_rows.float(), weight.float()
-        onednn = rows.dtype == torch.float32 and ONEDNN_IS_FASTER
         if ctx.needs_input_grad[0]:
-            # With AVX-512 oneDNN takes the transposed view as fast as a copy, without it up to half as fast.
-            columns = weight.t().contiguous() if onednn and MKL_IS_A_PEER else weight.t()
-            grad_x = _product(rows, columns).to(x.dtype).view_as(x)
+            grad_x = _product(rows, weight.t()).to(x.dtype).view_as(x)
         if ctx.needs_input_grad[1]:
             # (N, M) by (M, K). oneDNN copies its first operand where it is transposed: let that be the smaller one.
-            if has_tiles(rows):
+            if has_kernel(rows):
                 grad_weight = torch.ops.pygpt.matmul.default(rows.t(), x_rows, None)
-            elif not onednn or MKL_IS_A_PEER:
+            elif rows.dtype != torch.float32 or not ONEDNN_IS_FASTER:
                 grad_weight = rows.t() @ x_rows
             elif rows.shape[1] <= x_rows.shape[1]:
                 grad_weight = _product(rows.t(), x_rows.t())

@@ -1,0 +1,86 @@
+// Products of matrices by vectors: blocks and threads. The arithmetic is matmul_vector_kernel.h.
+//
+// The summed dimension goes in parts. Of each the smaller operand is packed once, by all threads, and read from the last-level
+// cache; of the other each thread packs a block at a time that stays in its second-level cache. Blocks depend on the number of
+// threads, the order of every sum does not.
+
+#include "cpu/matmul.h"
+
+#include <type_traits>
+
+#define PYGPT_KERNELS "cpu/matmul_vector_kernel.h"
+#include "cpu/foreach_isa.h"
+
+namespace pygpt {
+namespace {
+
+constexpr int64_t kMaxK = 768;  // of the summed dimension, at a time: a panel of the left operand fits the first-level cache
+constexpr int64_t kBlockFloats = 64 << 10;  // of a thread's block
+constexpr int64_t kMaxSums = 2 << 20;       // that wait in float32 beside a result of bfloat16
+
+}  // namespace
+
+template <class T>
+void multiply_by_vectors(VectorOperand<T> left, VectorOperand<T> right, int64_t K, VectorOut<T> out, Workspace& workspace) {
+  constexpr bool in_place = std::is_same_v<T, float>;  // where sums wait
+  const int64_t parts = (K + kMaxK - 1) / kMaxK, k_part = (K + parts - 1) / parts;
+  const bool waits = !in_place && parts > 1;
+  if (waits && out.rows * out.columns > kMaxSums) {  // one half of the result after the other
+    VectorOut<T> second = out;
+    VectorOperand<T> second_left = left, second_right = right;
+    if (out.rows >= out.columns) {
+      out.rows /= 2, second.rows -= out.rows, second.data += out.rows * out.stride;
+      second_left.data = left.at(0, out.rows);
+    } else {
+      out.columns /= 2, second.columns -= out.columns, second.data += out.columns;
+      second_right.data = right.at(0, out.columns);
+      if (out.bias) second.bias += out.columns;
+    }
+    multiply_by_vectors(left, right, K, out, workspace);
+    return multiply_by_vectors(second_left, second_right, K, second, workspace);
+  }
+
+  // The smaller operand is shared.
+  const bool left_is_block = out.rows >= out.columns;
+  const VectorOperand<T> &blocks = left_is_block ? left : right, &shared = left_is_block ? right : left;
+  const int64_t count = left_is_block ? out.rows : out.columns, shared_count = left_is_block ? out.columns : out.rows;
+  const MatmulTile tile = PYGPT_DISPATCH(vector_tile)();
+  const int64_t size = left_is_block ? tile.rows : tile.columns, shared_size = left_is_block ? tile.columns : tile.rows;
+  const int64_t panels = (count + size - 1) / size, shared_panels = (shared_count + shared_size - 1) / shared_size;
+  // As many blocks as a multiple of the threads, none larger than the cache allows, and about equally large.
+  const int64_t threads = torch::stable::get_num_threads(), largest = std::max<int64_t>(1, kBlockFloats / (size * k_part));
+  const int64_t rounds = (panels + largest * threads - 1) / (largest * threads), items = std::min(panels, rounds * threads);
+  const int64_t in_block = (panels + items - 1) / items, ways = std::min(threads, items);
+
+  const int64_t of_shared = shared_panels * shared_size * k_part, of_block = in_block * size * k_part;
+  float* packed = workspace.floats(of_shared + ways * of_block + (waits ? out.rows * out.columns : 0));
+  float* own = packed + of_shared;
+  if constexpr (in_place)
+    out.sums = out.data, out.sums_stride = out.stride;
+  else
+    out.sums = own + ways * of_block, out.sums_stride = out.columns;
+  const bool begin_with_result = in_place && out.add;
+  if (in_place) out.add = false;
+  for (int64_t k = 0; k < K; k += k_part) {
+    const int64_t here = std::min(k_part, K - k);
+    out.first = k == 0 && !begin_with_result, out.last = k + here == K;
+    torch::stable::parallel_for(0, shared_panels, 1, [&](int64_t begin, int64_t end) {
+      const int64_t from = begin * shared_size, to = std::min(shared_count, end * shared_size);
+      PYGPT_DISPATCH(vector_pack<T>)(shared.at(k, from), shared.strides, !left_is_block, to - from, here, packed + from * here);
+    });
+    torch::stable::parallel_for(0, ways, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t way = begin; way < end; ++way)
+        for (int64_t item = items * way / ways; item < items * (way + 1) / ways; ++item) {
+          const int64_t from = panels * item / items * size, to = std::min(count, panels * (item + 1) / items * size);
+          float* block = own + way * of_block;
+          PYGPT_DISPATCH(vector_pack<T>)(blocks.at(k, from), blocks.strides, left_is_block, to - from, here, block);
+          PYGPT_DISPATCH(vector_block<T>)(out, left_is_block, block, from, to, packed, here);
+        }
+    });
+  }
+}
+
+template void multiply_by_vectors(VectorOperand<float>, VectorOperand<float>, int64_t, VectorOut<float>, Workspace&);
+template void multiply_by_vectors(VectorOperand<bf16>, VectorOperand<bf16>, int64_t, VectorOut<bf16>, Workspace&);
+
+}  // namespace pygpt
