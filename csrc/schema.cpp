@@ -77,10 +77,10 @@ STABLE_TORCH_LIBRARY(pygpt, m) {
       "decode_blocks(Tensor x, Tensor[] norms, Tensor[] linears, Tensor[] scales, Tensor(a!) k_cache, Tensor(b!) v_cache, "
       "int past, float eps, Tensor? document_start) -> Tensor");
 
-  // a (M, K), b (K, N), bias (N,), bfloat16 -> a @ b + bias: on processors with AMX
+  // a (M, K), b (K, N), bias (N,), of one dtype -> a @ b + bias, summed in float32
   m.def("matmul(Tensor a, Tensor b, Tensor? bias) -> Tensor");
-  // out (M, N) += a @ b
-  m.def("add_matmul_(Tensor(a!) out, Tensor a, Tensor b) -> ()");
+  // out (M, N) = a @ b, or with `add` += it
+  m.def("matmul_(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()");
 
   // logits (rows, V) contiguous; targets (rows,) int64 -> the rows' losses (rows,) float32, 0 where the target is
   // ignore_index. With grad_factor, a float32 scalar, logits become (softmax - one_hot) * grad_factor, or 0.

@@ -14,16 +14,14 @@ from hypothesis import strategies as st
 
 from pygpt import ops
 from pygpt.ops import backends
-from pygpt.ops.linear import ONEDNN_ADDS_BIAS, ONEDNN_IS_FASTER, add_matmul_tn_, matmul_nt
+from pygpt.ops.linear import ONEDNN_ADDS_BIAS, ONEDNN_IS_FASTER, matmul_nt, matmul_tn_
 
 linear_module = sys.modules["pygpt.ops.linear"]  # pygpt.ops.linear is the function
 
 
-@pytest.fixture(params=["here", "no AVX-512", "Intel"])
+@pytest.fixture(params=["here", "Intel"])
 def libraries(request, monkeypatch):
     """Which of torch's libraries the products go through, there as here."""
-    if request.param == "no AVX-512":
-        monkeypatch.setattr(linear_module, "MKL_IS_A_PEER", True)
     if request.param == "Intel":
         monkeypatch.setattr(linear_module, "ONEDNN_IS_FASTER", False)
     return request.param
@@ -42,7 +40,7 @@ def test_matches_float64(capability, libraries, shape, with_bias, dtype):
     bias = leaf(N, dtype=dtype, seed=2) if with_bias else None
     y = ops.linear(x, weight, bias)
     in_float32 = dtype == torch.bfloat16 and not backends.extension.multiplies_bf16()
-    of_float32 = ONEDNN_IS_FASTER and libraries != "Intel"
+    of_float32 = linear_module.has_vectors(x) or (ONEDNN_IS_FASTER and libraries != "Intel")
     of_bfloat16 = linear_module.has_tiles(x) or (ONEDNN_ADDS_BIAS and with_bias)
     assert is_ours(y) == (in_float32 or (of_float32 if dtype == torch.float32 else of_bfloat16))
     reference = [double(t) for t in (x, weight, bias)]
@@ -92,9 +90,13 @@ def test_products_added_in_parts(capability, N, dtype):
     a, b, out = (
         leaf(*shape, dtype=dtype, seed=seed).detach() for seed, shape in enumerate([(24, N), (24, 200), (N, 200)])
     )
-    expected = out.double() + a.double().t() @ b.double()
-    add_matmul_tn_(out, a, b)
+    product = a.double().t() @ b.double()
+    expected = out.double() + product
+    assigned = torch.full_like(out, torch.nan)
+    matmul_tn_(out, a, b, add=True)
+    matmul_tn_(assigned, a, b, add=False)
     assert_close(out, expected, dtype, floor=math.sqrt(24))
+    assert_close(assigned, product, dtype, floor=math.sqrt(24))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -232,10 +234,9 @@ def test_few_rows_with_gradients_or_odd_weights_are_pytorchs():
             ops.linear(x, weight, torch.randn(3))
 
 
-def test_what_stays_with_pytorch(monkeypatch):
-    monkeypatch.setattr(linear_module, "MKL_IS_A_PEER", False)
+def test_what_stays_with_pytorch():
     x, weight = leaf(128, 128), leaf(96, 128, seed=1)
-    assert is_ours(ops.linear(x, weight)) == ONEDNN_IS_FASTER
+    assert is_ours(ops.linear(x, weight)) == (ONEDNN_IS_FASTER or linear_module.has_vectors(x))
     assert not is_ours(ops.linear(x, weight[:95]))  # a small product
     assert not is_ours(ops.linear(x[:2], weight))  # few rows
     large, many = leaf(2048, 512).bfloat16(), leaf(256, 512, seed=1).bfloat16()
@@ -244,9 +245,6 @@ def test_what_stays_with_pytorch(monkeypatch):
     assert is_ours(ops.linear(large, many)) == (in_float32 or linear_module.has_tiles(large))  # no bias to add
     assert is_ours(ops.linear(large, many[:255], many[0, :255])) == in_float32  # a small product
     assert not is_ours(ops.linear(x.double(), weight.double()))
-    with monkeypatch.context() as patch:
-        patch.setattr(linear_module, "MKL_IS_A_PEER", True)
-        assert not is_ours(ops.linear(x, weight))
     with torch.autocast("cpu", torch.bfloat16):
         assert ops.linear(x, weight).dtype == torch.bfloat16
     with backends.use_backend("eager"):

@@ -65,19 +65,19 @@ Tensor matmul(Tensor a, Tensor b, std::optional<Tensor> bias) {
   return out;
 }
 
-void add_matmul_(Tensor out, Tensor a, Tensor b) {
-  check("add_matmul_", a, b);
+void matmul_(Tensor out, Tensor a, Tensor b, bool add) {
+  check("matmul_", a, b);
   PYGPT_CHECK(out.dim() == 2 && out.size(0) == a.size(0) && out.size(1) == b.size(1) && out.is_contiguous() &&
                   out.scalar_type() == a.scalar_type(),
-              "add_matmul_: out must be (M, N), contiguous, of the dtype of a and b");
-  run(a, b, std::nullopt, true, out);
+              "matmul_: out must be (M, N), contiguous, of the dtype of a and b");
+  run(a, b, std::nullopt, add, out);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pygpt, CPU, m) {
   m.impl("matmul", TORCH_BOX(&matmul));
-  m.impl("add_matmul_", TORCH_BOX(&add_matmul_));
+  m.impl("matmul_", TORCH_BOX(&matmul_));
 }
 
 }  // namespace pygpt

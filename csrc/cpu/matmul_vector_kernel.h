@@ -7,8 +7,9 @@
 
 namespace pygpt::PYGPT_ISA {
 
-// Of the register block. 24 or 12 sums in as many registers, and as many multiplications for 14 or 8 loads.
-constexpr int kTileRows = PYGPT_LANES == 16 ? 12 : 6, kTileVectors = 2, kTileColumns = kTileVectors * kLanes;
+// Of the register block: 24, 12 or 8 sums in as many registers, and as many multiplications for 14, 8 or 6 loads.
+constexpr int kTileRows = PYGPT_LANES == 16 ? 12 : PYGPT_LANES == 8 ? 6 : 4;
+constexpr int kTileVectors = 2, kTileColumns = kTileVectors * kLanes;
 constexpr int64_t kPackedRows = 16;  // of neighbours, packed at a time: so many pages are at hand
 
 static MatmulTile vector_tile() { return {kTileRows, kTileColumns}; }
@@ -16,6 +17,7 @@ static MatmulTile vector_tile() { return {kTileRows, kTileColumns}; }
 // A panel of P rows (columns), of which there are `count`, whose elements along the summed dimension are neighbours.
 template <int P, class T>
 static void pack_panel_along(const T* from, int64_t stride, int64_t count, int64_t k, float* to) {
+  static_assert(P <= kLanes || P % kLanes == 0);
   for (int64_t i = 0; i < k; i += kLanes)
     for (int64_t g = 0; g < P; g += kLanes) {
       const int64_t n = smaller(kLanes, k - i), width = smaller(kLanes, P - g);
@@ -25,7 +27,7 @@ static void pack_panel_along(const T* from, int64_t stride, int64_t count, int64
         square[r] = r < width && g + r < count ? load_step(from + (g + r) * stride + i, n) : vf{};
       transpose<kLanes / 2>(square);
       float* at = to + i * P + g;
-      if (i + kLanes < k) {  // what a store writes too much the next one writes again
+      if (i + kLanes < k) {  // what a store writes beyond its row the next one writes again
 #pragma GCC unroll 16
         for (int64_t l = 0; l < kLanes; ++l) store(at + l * P, square[l]);
       } else {

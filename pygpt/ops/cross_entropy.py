@@ -21,7 +21,7 @@ from pygpt.errors import InputError, InputTypeError
 from pygpt.ops import backends
 from pygpt.ops.autograd import first_order
 from pygpt.ops.checks import check_device
-from pygpt.ops.linear import SLICE_BYTES, add_matmul_tn_, has_own_product, has_tiles, in_float32, linear, matmul_nt
+from pygpt.ops.linear import SLICE_BYTES, matmul_tn_, has_own_product, has_tiles, in_float32, linear, matmul_nt
 
 # Where neither answers, the chunks below in torch's own ops are the implementation.
 backends.register("linear_cross_entropy", cpp=(torch.float32, torch.bfloat16))
@@ -190,12 +190,14 @@ def _loss_and_gradients(
         # Slices of the products, their operands and sums; twice, because what was freed leaves holes.
         row_bytes += 16 * min(V, SLICE_BYTES // (4 * max(C, 1))) + 32 * C
     chunks = _chunks(hidden.shape[0], row_bytes, hidden.is_cpu)
-    grad_weight = torch.zeros_like(weight) if need_weight else None
+    grad_weight = torch.empty_like(weight) if need_weight else None
+    if grad_weight is not None and 0 in hidden.shape:
+        grad_weight.zero_()
     if backend == "cpp" and len(chunks) == 1:
         logits = matmul_nt(hidden, weight)
         loss = torch.ops.pygpt.cross_entropy_.default(logits, targets, ignore_index, need_hidden or need_weight)
         if grad_weight is not None:
-            add_matmul_tn_(grad_weight, logits, hidden)
+            matmul_tn_(grad_weight, logits, hidden, add=False)
         return loss, matmul_nt(logits, weight.t()) if need_hidden else None, grad_weight
     of_rows = _rows_compiled if compiled else _rows
     count = (targets != ignore_index).sum().to(torch.promote_types(hidden.dtype, torch.float32))
@@ -214,7 +216,7 @@ def _loss_and_gradients(
             else:
                 grad_hidden[start:end] = part
         if grad_weight is not None:
-            add_matmul_tn_(grad_weight, grad, _times(x, left))
+            matmul_tn_(grad_weight, grad, _times(x, left), add=start > 0)
         del grad  # not two chunks at a time
     return total / count, grad_hidden, grad_weight
 

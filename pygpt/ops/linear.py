@@ -138,22 +138,23 @@ def _by_whole_tiles(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
-def add_matmul_tn_(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out (N, K) += a.T @ b for matrices a (M, N) and b (M, K) of any strides, outside autograd."""
+def matmul_tn_(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+    """out (N, K) = a.T @ b, or with `add` += it, for matrices a (M, N) and b (M, K) of any strides, outside autograd."""
     if _has_own_way(a, b):
         if has_kernel(a):
-            torch.ops.pygpt.add_matmul_.default(out, a.t(), b)
+            torch.ops.pygpt.matmul_.default(out, a.t(), b, add)
             return
         rows = max(MIN_ROWS, SLICE_BYTES // (4 * out.shape[1]))
         columns = b.t().float().contiguous()  # or oneDNN would copy it for every slice
         for part, a_t in zip(out.split(rows), a.t().split(rows), strict=True):
-            part += _product(a_t.float(), columns)  # it has no sum: the slice is added from the cache
+            product = _product(a_t.float(), columns)  # it has no sum: the slice is added from the cache
+            part.add_(product) if add else part.copy_(product)
         return
     # The odd rows of a vocabulary apart: they would take all of the product off oneDNN's fast path, and cuBLAS's.
     whole = out.shape[0] if torch.compiler.is_compiling() else _whole_tiles(out.shape[0])
-    out[:whole].addmm_(a.t()[:whole], b)
+    out[:whole].addmm_(a.t()[:whole], b, beta=int(add))
     if whole < out.shape[0]:
-        out[whole:].addmm_(a.t()[whole:], b)
+        out[whole:].addmm_(a.t()[whole:], b, beta=int(add))
 
 
 def has_few_rows(x: Tensor) -> bool:
@@ -267,5 +268,5 @@ if backends.extension is not None:
         "pygpt::linear_few_rows", lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0])
     )
     torch.library.register_fake("pygpt::matmul", lambda a, b, bias: a.new_empty(a.shape[0], b.shape[1]))
-    torch.library.register_fake("pygpt::add_matmul_", lambda out, a, b: None)
+    torch.library.register_fake("pygpt::matmul_", lambda out, a, b, add: None)
     torch.library.register_fake("pygpt::column_sum", lambda x: x.new_empty(x.shape[1]))
