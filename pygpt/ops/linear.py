@@ -45,7 +45,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias, as `F.linear`: x (..., K), weight (N, K), bias (N,) or None -> (..., N). Its errors too.
 
     On the CPU a product of fewer than 1.5 million multiplications is F.linear itself, unless a backend is forced; where
-    F.linear itself is fast, in bfloat16 with instructions for it, one of fewer than 268 million."""
+    F.linear itself is fast, in bfloat16 with instructions for it and in float32 with AVX2 alone, one of fewer than 268
+    million."""
     if (
         backends.choose("linear", x) == "eager"
         or x.dim() < 2
@@ -65,8 +66,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return torch.ops.pygpt.linear_few_rows.default(x, weight, bias)
     if x.numel() < MIN_ROWS * x.shape[-1]:
         return F.linear(x, weight, bias)
-    if x.dtype == torch.float32 or in_float32(x) or has_vectors(x):
-        ours, least = has_own_product(x), SMALL_PRODUCT
+    if x.dtype == torch.float32:
+        ours, least = has_own_product(x), SMALL_PRODUCT_OF_A_PEER if has_vectors(x) else SMALL_PRODUCT
+    elif has_vectors(x) or in_float32(x):
+        ours, least = True, SMALL_PRODUCT
     else:
         ours, least = has_tiles(x) or (ONEDNN_ADDS_BIAS and bias is not None), SMALL_PRODUCT_OF_A_PEER
     small = x.numel() * weight.shape[0] < least and backends.automatic_on_cpu(x)
