@@ -162,8 +162,9 @@ def info(console: Console) -> None:
         table.add_row(row.op, row.device, row.backend, row.dtypes, reasons)
     console.print(table)
     console.print(
-        f"On the CPU, layer_norm and add_layer_norm of fewer than {backends.SMALL:,} elements, linear_cross_entropy of fewer "
-        "logits but for bfloat16, and an embedding without positions or gradients are torch's own, whose calls cost less, "
+        f"On the CPU, layer_norm and add_layer_norm of fewer than {backends.SMALL:,} elements, in float32 "
+        f"{backends.SMALL_NORM_IN_FLOAT32:,}, linear_cross_entropy of fewer than {backends.SMALL:,} logits but for bfloat16, "
+        "and an embedding without positions or gradients are torch's own, whose calls cost less, "
         "unless a backend is forced; on GPUs layer_norm and add_layer_norm of fewer than "
         f"{backends.SMALL_ON_GPU:,} elements, and gelu without a bias."
     )

@@ -40,7 +40,7 @@ def test_cpp_answers_by_default_where_it_has_a_kernel():
 
 @needs_extension
 def test_use_backend_as_function_and_as_context():
-    x, weight = torch.randn(backends.SMALL // 8, 8, requires_grad=True), torch.ones(8)
+    x, weight = torch.randn(backends.SMALL_NORM_IN_FLOAT32 // 8, 8, requires_grad=True), torch.ones(8)
 
     def who() -> str:
         return type(ops.layer_norm(x, weight).grad_fn).__name__
@@ -68,9 +68,13 @@ def test_small_cpu_tensors_go_to_torch_unless_a_backend_is_forced():
         return tuple(type(y.grad_fn).__name__ for y in outputs)
 
     assert set(who(small)) == {"NativeLayerNormBackward0"}
-    assert "NativeLayerNormBackward0" not in who(torch.randn(backends.SMALL // 8, 8))
+    assert set(who(torch.randn(backends.SMALL_NORM_IN_FLOAT32 // 8 - 1, 8))) == {"NativeLayerNormBackward0"}
+    assert "NativeLayerNormBackward0" not in who(torch.randn(backends.SMALL_NORM_IN_FLOAT32 // 8, 8))
     with pygpt.use_backend("cpp"):
         assert "NativeLayerNormBackward0" not in who(small)
+    weight, bias = (t.detach().bfloat16().requires_grad_() for t in (weight, bias))
+    assert set(who(torch.randn(backends.SMALL // 8 - 1, 8).bfloat16())) == {"NativeLayerNormBackward0"}
+    assert "NativeLayerNormBackward0" not in who(torch.randn(backends.SMALL // 8, 8).bfloat16())
 
 
 @needs_extension
@@ -202,7 +206,7 @@ def test_a_second_derivative_is_an_error_never_a_wrong_number(name, grad):
 
 @needs_extension
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("rows", [3, backends.SMALL // 32])
+@pytest.mark.parametrize("rows", [3, backends.SMALL_NORM_IN_FLOAT32 // 32])
 def test_forward_mode_and_torch_func_run_the_reference(name, rows):
     rows = min(rows, 50) if name == "causal_attention" else rows
     torch.manual_seed(0)

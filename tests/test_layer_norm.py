@@ -270,7 +270,12 @@ def test_compiling_does_not_tie_the_result_to_a_number_of_rows():
 
     weight, bias = leaf(16, seed=2), leaf(16, seed=3)
     compiled = torch.compile(lambda x: ops.layer_norm(x, weight, bias), backend=count, fullgraph=True, dynamic=True)
-    for rows in (2, 3, 50, backends.SMALL):  # on both sides of the size below which eager calls go to torch
+    for rows in (
+        2,
+        3,
+        50,
+        backends.SMALL_NORM_IN_FLOAT32 // 16,
+    ):  # on both sides of the size below which eager calls go to torch
         x = leaf(rows, 16)
         torch.testing.assert_close(compiled(x), layer_norm_reference(x, weight, bias))
     assert len(graphs) == 1

@@ -21,7 +21,7 @@ from pygpt.errors import InputError, InputTypeError
 from pygpt.ops import backends
 from pygpt.ops.autograd import first_order
 from pygpt.ops.checks import check_device
-from pygpt.ops.linear import SLICE_BYTES, matmul_tn_, has_own_product, has_tiles, in_float32, linear, matmul_nt
+from pygpt.ops.linear import SLICE_BYTES, has_own_product, has_tiles, in_float32, linear, matmul_nt, matmul_tn_
 
 # Where neither answers, the chunks below in torch's own ops are the implementation.
 backends.register("linear_cross_entropy", cpp=(torch.float32, torch.bfloat16))

@@ -42,9 +42,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
 
     x: (..., C), floating point. weight: (C,), and bias: (C,) or None, in x's dtype or float32. Returns (..., C) in x's
     dtype. Raises InputError (a ValueError) for shapes and devices, InputTypeError (a TypeError) for dtypes. Fewer than
-    65,536 elements on the CPU, or 4 million on a GPU, go to torch's own layer_norm unless a backend is forced.
+    65,536 elements of bfloat16 or 262,144 of float32 on the CPU, or 4 million on a GPU, go to torch's own layer_norm unless
+    a backend is forced.
     """
-    if backends.automatic_on_cpu(x, backends.SMALL) and weight.dim() == 1:
+    if _is_small(x) and weight.dim() == 1:
         try:
             return torch.layer_norm(x, weight.shape, weight, bias, eps)
         except (
@@ -66,7 +67,7 @@ def add_layer_norm(
     x, residual: (..., C), the same shape; different dtypes are promoted as by addition. weight, bias: as in `layer_norm`.
     Returns (normed, x + residual), both (..., C). Small inputs go to torch, as in `layer_norm`.
     """
-    if backends.automatic_on_cpu(x, backends.SMALL) and x.shape == residual.shape and weight.dim() == 1:
+    if _is_small(x) and x.shape == residual.shape and weight.dim() == 1:
         try:
             return torch.layer_norm(total := x + residual, weight.shape, weight, bias, eps), total
         except (RuntimeError, TypeError):
@@ -84,6 +85,12 @@ def add_layer_norm(
         return add_layer_norm_reference(x, residual, weight, bias, eps)
     out = _add_layer_norm(x, residual, weight, bias, eps)
     return out[0], out[1]
+
+
+def _is_small(x: Tensor) -> bool:
+    return backends.automatic_on_cpu(x, backends.SMALL_NORM_IN_FLOAT32) and (
+        x.dtype == torch.float32 or x.numel() < backends.SMALL
+    )
 
 
 def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
