@@ -40,7 +40,7 @@ def test_cpp_answers_by_default_where_it_has_a_kernel():
 
 @needs_extension
 def test_use_backend_as_function_and_as_context():
-    x, weight = torch.randn(backends.SMALL_NORM_IN_FLOAT32 // 8, 8, requires_grad=True), torch.ones(8)
+    x, weight = torch.randn(backends.SMALL_IN_FLOAT32 // 8, 8, requires_grad=True), torch.ones(8)
 
     def who() -> str:
         return type(ops.layer_norm(x, weight).grad_fn).__name__
@@ -68,8 +68,8 @@ def test_small_cpu_tensors_go_to_torch_unless_a_backend_is_forced():
         return tuple(type(y.grad_fn).__name__ for y in outputs)
 
     assert set(who(small)) == {"NativeLayerNormBackward0"}
-    assert set(who(torch.randn(backends.SMALL_NORM_IN_FLOAT32 // 8 - 1, 8))) == {"NativeLayerNormBackward0"}
-    assert "NativeLayerNormBackward0" not in who(torch.randn(backends.SMALL_NORM_IN_FLOAT32 // 8, 8))
+    assert set(who(torch.randn(backends.SMALL_IN_FLOAT32 // 8 - 1, 8))) == {"NativeLayerNormBackward0"}
+    assert "NativeLayerNormBackward0" not in who(torch.randn(backends.SMALL_IN_FLOAT32 // 8, 8))
     with pygpt.use_backend("cpp"):
         assert "NativeLayerNormBackward0" not in who(small)
     weight, bias = (t.detach().bfloat16().requires_grad_() for t in (weight, bias))
@@ -78,9 +78,18 @@ def test_small_cpu_tensors_go_to_torch_unless_a_backend_is_forced():
 
 
 @needs_extension
-def test_a_plain_gather_is_torchs_own_only_without_gradients():
-    table, idx = torch.randn(5, 8), torch.tensor([[1, 4]])
-    assert type(ops.embedding(idx, table.requires_grad_()).grad_fn).__name__ != "EmbeddingBackward0"
+def test_a_plain_gather_is_torchs_own_without_gradients_or_if_it_is_small():
+    table, idx = torch.randn(5, 8, requires_grad=True), torch.tensor([[1, 4]])
+
+    def who(idx: torch.Tensor, *tables: torch.Tensor) -> str:
+        return type(ops.embedding(idx, *tables).grad_fn).__name__
+
+    assert who(idx, table) == "EmbeddingBackward0"
+    assert who(idx.expand(backends.SMALL_IN_FLOAT32 // 16, 2), table) != "EmbeddingBackward0"
+    assert who(idx, table, table) != "EmbeddingBackward0"
+    assert who(idx, table.detach().bfloat16().requires_grad_()) != "EmbeddingBackward0"  # torch sums rows in bfloat16
+    with pygpt.use_backend("cpp"):
+        assert who(idx, table) != "EmbeddingBackward0"
     with torch.no_grad():
         assert torch.equal(ops.embedding(idx, table), table[idx])
         for bad in (-1, 5):  # torch accepts no such id either; the message stays ours
@@ -206,7 +215,7 @@ def test_a_second_derivative_is_an_error_never_a_wrong_number(name, grad):
 
 @needs_extension
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("rows", [3, backends.SMALL_NORM_IN_FLOAT32 // 32])
+@pytest.mark.parametrize("rows", [3, backends.SMALL_IN_FLOAT32 // 32])
 def test_forward_mode_and_torch_func_run_the_reference(name, rows):
     rows = min(rows, 50) if name == "causal_attention" else rows
     torch.manual_seed(0)

@@ -274,7 +274,7 @@ def test_compiling_does_not_tie_the_result_to_a_number_of_rows():
         2,
         3,
         50,
-        backends.SMALL_NORM_IN_FLOAT32 // 16,
+        backends.SMALL_IN_FLOAT32 // 16,
     ):  # on both sides of the size below which eager calls go to torch
         x = leaf(rows, 16)
         torch.testing.assert_close(compiled(x), layer_norm_reference(x, weight, bias))

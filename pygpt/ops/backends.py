@@ -32,7 +32,7 @@ CPU_ORDER = ("cpp", "eager")
 MINIMUM_CUDA_CAPABILITY = (8, 0)
 # Elements below which calls of torch's own ops cost less than our kernels save (measured: bench/LOG.md).
 SMALL = 65536
-SMALL_NORM_IN_FLOAT32 = 1 << 18  # LayerNorm's, of which torch's own is better in float32
+SMALL_IN_FLOAT32 = 1 << 18  # of LayerNorm and of an embedding's gradient, at which torch is better in float32
 # The same on a GPU, where the host's time decides: ours saves 6 us of kernels a million elements of LayerNorm, and calls cost
 # tens of us more (bench/LOG.md, on an H200; where they meet was not measured).
 SMALL_ON_GPU = 1 << 22

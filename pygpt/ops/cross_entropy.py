@@ -21,7 +21,16 @@ from pygpt.errors import InputError, InputTypeError
 from pygpt.ops import backends
 from pygpt.ops.autograd import first_order
 from pygpt.ops.checks import check_device
-from pygpt.ops.linear import SLICE_BYTES, has_own_product, has_tiles, in_float32, linear, matmul_nt, matmul_tn_
+from pygpt.ops.linear import (
+    SLICE_BYTES,
+    has_own_product,
+    has_tiles,
+    has_vectors,
+    in_float32,
+    linear,
+    matmul_nt,
+    matmul_tn_,
+)
 
 # Where neither answers, the chunks below in torch's own ops are the implementation.
 backends.register("linear_cross_entropy", cpp=(torch.float32, torch.bfloat16))
@@ -62,7 +71,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
         and (hidden.dtype != torch.bfloat16 or backends.choose("linear_cross_entropy", hidden) == "eager")
     ):
         try:
-            logits = (linear if has_own_product(hidden) else F.linear)(hidden, weight)
+            logits = (linear if has_own_product(hidden) and not has_vectors(hidden) else F.linear)(hidden, weight)
             return F.cross_entropy(
                 logits if logits.itemsize > 2 else logits.float(), targets, ignore_index=ignore_index
             )

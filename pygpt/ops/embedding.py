@@ -39,12 +39,13 @@ def embedding(
     position P - 1; InputTypeError (a TypeError) for dtypes. On a CUDA device a bad token id is a device-side assertion of
     torch, because a check would make the host wait for the device.
 
-    Without positions and gradients it is a plain gather, which is torch's own unless a backend is forced.
+    Without positions and gradients it is a plain gather, which is torch's own unless a backend is forced; with gradients as
+    well where the result has fewer than 262,144 elements of float32.
     """
     if (
         position_table is None
         and idx.dim() == 2
-        and not (token_table.requires_grad and torch.is_grad_enabled())
+        and (not (token_table.requires_grad and torch.is_grad_enabled()) or _is_small(idx, token_table))
         and token_table.is_floating_point()
         and backends.automatic_on_cpu(token_table)
     ):
@@ -59,6 +60,12 @@ def embedding(
         return _embedding(idx, token_table, position_table, position_offset)
     except IndexError:
         raise _unknown_token(idx, token_table.shape[0]) from None
+
+
+def _is_small(idx: Tensor, table: Tensor) -> bool:
+    return (
+        table.dtype == torch.float32 and table.dim() == 2 and idx.numel() * table.shape[-1] < backends.SMALL_IN_FLOAT32
+    )
 
 
 def tied_embedding(

@@ -88,7 +88,7 @@ def add_layer_norm(
 
 
 def _is_small(x: Tensor) -> bool:
-    return backends.automatic_on_cpu(x, backends.SMALL_NORM_IN_FLOAT32) and (
+    return backends.automatic_on_cpu(x, backends.SMALL_IN_FLOAT32) and (
         x.dtype == torch.float32 or x.numel() < backends.SMALL
     )
 
