@@ -157,6 +157,21 @@ def _linear(shape: Shape, dtype: torch.dtype, device: str) -> Pair:
     return Pair(lambda: ops.linear(x, weight), lambda: F.linear(x, weight), "F.linear", [], [], work)
 
 
+def _linear_training(shape: Shape, dtype: torch.dtype, device: str) -> Pair:
+    rows, K, N = shape
+    x, weight, bias = (_random(size, dtype, device) for size in ((rows, K), (N, K), (N,)))
+    flops = 2.0 * rows * K * N
+    return Pair(
+        lambda: ops.linear(x, weight, bias),
+        lambda: F.linear(x, weight, bias),
+        "F.linear",
+        [x, weight, bias],
+        [_random((rows, N), dtype, device, False)],
+        _both(flops, 2 * flops),
+        "GFLOP/s",
+    )
+
+
 def _linear_cross_entropy(shape: Shape, dtype: torch.dtype, device: str) -> Pair:
     N, V, C = shape
     hidden = _random((N, C), dtype, device)
@@ -250,6 +265,15 @@ OPS = {
         },
         "1 row, 3072x768",
         ("forward",),
+    ),
+    "linear_training": Op(
+        _linear_training,
+        {
+            "1024 rows, 3072x768": (1024, 768, 3072),
+            "1024 rows, 768x3072": (1024, 3072, 768),
+            "768 rows, 512x128": (768, 128, 512),
+        },
+        "768 rows, 512x128",
     ),
     "linear_cross_entropy": Op(
         _linear_cross_entropy,
