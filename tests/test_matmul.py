@@ -49,6 +49,8 @@ def laid_out(rows: int, columns: int, transposed: bool, seed: int, dtype: torch.
     ids=str,
 )
 def test_matches_float64(capability, M, K, N, layout, dtype):
+    if capability == "amx" and (M, K, N) in LARGE:
+        pytest.skip("nothing is computed in halves by tiles, and an emulation would take minutes")
     a, b = laid_out(M, K, layout[0], 0, dtype), laid_out(K, N, layout[1], 1, dtype)
     bias, out = leaf(N, dtype=dtype, seed=2).detach(), leaf(M, N, dtype=dtype, seed=3).detach()
     exact = a.double() @ b.double()
