@@ -31,8 +31,6 @@ OPERATORS = {
         ),
     ),
 }
-# Whether Triton answers an op: always, only where nothing else does, or by the operator's arguments.
-Wanted = bool | Callable[..., bool]
 
 _library: torch.library.Library | None = None  # holds the registrations: they end with it
 
@@ -47,21 +45,8 @@ def _on_device_of_first_argument(kernel: Callable[..., Any]) -> Callable[..., An
     return call
 
 
-def by_arguments(
-    operator: str, key: str, kernel: Callable[..., Any], wanted: Callable[..., bool]
-) -> Callable[..., Any]:
-    """A kernel for `operator` and dispatch key: `kernel` for the arguments that are `wanted`, for others the one that answers
-    so far. To be registered with its key set, which that one is called with."""
-    compiled = torch.library.get_kernel(operator, key)
-
-    def call(keys: Any, *arguments: Any) -> Any:
-        return kernel(*arguments) if wanted(*arguments) else compiled.call_boxed(keys, *arguments)
-
-    return call
-
-
-def serve(take: Mapping[str, Wanted] = MappingProxyType({})) -> None:
-    """Let the kernels answer the operators on CUDA tensors that nothing else answers, and those of the ops in `take`.
+def serve(take: Mapping[str, bool] = MappingProxyType({})) -> None:
+    """Let the kernels answer the operators on CUDA tensors that nothing else answers, and those of the ops that `take` says.
 
     Calling it again replaces the former choice. Raises ImportError where Triton is missing or broken.
     """
@@ -69,11 +54,8 @@ def serve(take: Mapping[str, Wanted] = MappingProxyType({})) -> None:
     _library = None
     library = torch.library.Library("pygpt", "IMPL", "CUDA")
     for op, (module, names) in OPERATORS.items():
-        kernels, wanted = importlib.import_module(f"pygpt.kernels.{module}"), take.get(op, False)
+        kernels = importlib.import_module(f"pygpt.kernels.{module}")
         for name in names:
-            kernel = _on_device_of_first_argument(getattr(kernels, name))
-            if wanted is True or not torch._C._dispatch_has_kernel_for_dispatch_key(f"pygpt::{name}", "CUDA"):
-                library.impl(name, kernel)
-            elif wanted:
-                library.impl(name, by_arguments(f"pygpt::{name}", "CUDA", kernel, wanted), with_keyset=True)
+            if take.get(op) or not torch._C._dispatch_has_kernel_for_dispatch_key(f"pygpt::{name}", "CUDA"):
+                library.impl(name, _on_device_of_first_argument(getattr(kernels, name)))
     _library = library

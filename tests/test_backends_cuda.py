@@ -69,9 +69,24 @@ def test_auto_prefers_a_gpu_kernel_only_where_it_was_measured(monkeypatch: pytes
     assert choices.preferred("embedding", (9, 0), 16) == ("eager",)
 
 
-def test_every_size_has_a_line_where_there_are_any():
-    lines = {(line.op, line.capability, line.bits): line for line in choices.MEASURED}  # the last of each
-    assert all(not line.up_to for line in lines.values())
+def test_triton_answers_where_it_was_measured_or_is_forced(monkeypatch: pytest.MonkeyPatch):
+    lines = tuple(
+        choices.Choice(op, (9, 0), 32, backend, "a test") for op, backend in (("gelu", "triton"), ("embedding", "cuda"))
+    )
+    monkeypatch.setattr(choices, "MEASURED", lines)
+    for capability, answered in (((9, 0), {"gelu"}), ((8, 0), set())):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        assert {op for op, takes in backends._triton_takes().items() if takes} == answered
+    for forced, answered in (("triton", set(backends.TRITON_OPS)), ("cuda", set())):
+        monkeypatch.setattr(backends, "_forced", forced)
+        assert {op for op, takes in backends._triton_takes().items() if takes} == answered
+
+
+def test_every_choice_has_one_line_and_its_widths_the_same_kernels():
+    lines = [(line.op, line.capability, line.bits) for line in choices.MEASURED]
+    assert len(lines) == len(set(lines))
+    kernels = {(line.op, line.capability, line.backend) for line in choices.MEASURED}
+    assert len(kernels) == len({(op, capability) for op, capability, _ in kernels})
 
 
 @pytest.mark.skipif(backends._cuda_spec is None, reason="pygpt/_cuda.so is not built (no nvcc at install)")

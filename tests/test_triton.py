@@ -37,7 +37,7 @@ from pygpt.kernels import cross_entropy as kce  # noqa: E402
 from pygpt.kernels import embedding as kemb  # noqa: E402
 from pygpt.kernels import gelu as kgelu  # noqa: E402
 from pygpt.kernels import layer_norm as kln  # noqa: E402
-from pygpt.ops import backends, choices  # noqa: E402
+from pygpt.ops import backends  # noqa: E402
 from pygpt.ops import cross_entropy as ops_cross_entropy  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -432,78 +432,12 @@ def test_serve_registers_for_cuda_and_lets_go():
         return {torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA") for name in names}
 
     before = answered()
-    for take in (dict.fromkeys(backends.TRITON_OPS, True), {}, {"layer_norm": True, "gelu": lambda x: False}):
+    for take in (dict.fromkeys(backends.TRITON_OPS, True), {}, {"layer_norm": True, "gelu": False}):
         kernels.serve(take)
         assert answered() == {True}
     if DEVICE == "cpu":
         kernels._library = None
         assert answered() == before
-
-
-@pytest.mark.filterwarnings("ignore:.*verrid")
-def test_auto_takes_the_kernel_that_measured_faster_for_the_shape(monkeypatch):
-    """Lines of choices.py decide in every call: forward and backward of short rows and sequences are Triton's here, those of
-    longer ones the compiled kernels', and either's statistics serve the other."""
-    if backends.extension is None or not backends.ready("cpp" if DEVICE == "cpu" else "cuda"):
-        pytest.skip("needs compiled kernels beside Triton's")
-    chip = torch.cuda.get_device_capability() if DEVICE == "cuda" else (9, 0)
-    lines = (
-        choices.Choice("layer_norm", chip, 32, "triton", "a test", {"C": 96}),
-        choices.Choice("layer_norm", chip, 32, "cuda", "a test"),
-        choices.Choice("causal_attention", chip, 32, "triton", "a test", {"D": 32, "T": 20}),
-        choices.Choice("causal_attention", chip, 32, "cuda", "a test", {"T": 40}),
-        choices.Choice("causal_attention", chip, 32, "triton", "a test"),
-        choices.Choice("embedding", chip, 32, "cuda", "a test", {"rows": 7}),
-        choices.Choice("embedding", chip, 32, "triton", "a test"),
-        choices.Choice("gelu", chip, 32, "triton", "a test"),
-    )
-    monkeypatch.setattr(choices, "MEASURED", lines)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: chip)
-    monkeypatch.setattr(backends, "ready", lambda _: True)
-    takes = backends._triton_takes()
-    for shape in GELU_SHAPES:  # what is legal must not end in a division by zero
-        assert choices.sizes("gelu", torch.empty(shape)).keys() == {"rows", "C"}
-    assert takes["gelu"] is True
-    assert takes["add_layer_norm"] is False
-    calls = []
-    library = torch.library.Library("pygpt", "IMPL", DEVICE.upper())
-    for op in ("layer_norm", "causal_attention", "embedding"):
-        module, names = kernels.OPERATORS[op]
-        for name in names:
-            kernel = _Recorder(getattr(importlib.import_module(f"pygpt.kernels.{module}"), name), name, calls)
-            answer = kernels.by_arguments(f"pygpt::{name}", DEVICE.upper(), kernel, takes[op])
-            library.impl(name, answer, with_keyset=True)
-
-    def triton_calls(run, *inputs):
-        calls.clear()
-        doubles = [x.double().requires_grad_() for x in inputs]
-        with backends.use_backend("eager"):
-            expected = run(*doubles)
-        inputs = [x.requires_grad_() for x in inputs]
-        actual = run(*inputs)
-        grad = torch.randn(actual.shape, generator=torch.Generator().manual_seed(9)).to(DEVICE)
-        gradients = torch.autograd.grad(actual, inputs, grad), torch.autograd.grad(expected, doubles, grad.double())
-        for ours, theirs in ((actual, expected), *zip(*gradients, strict=True)):
-            assert_close(ours, theirs, F32)
-        return len(calls)
-
-    monkeypatch.setattr(backends, "_forced", "cpp" if DEVICE == "cpu" else None)  # or small inputs are torch's own
-    monkeypatch.setattr(backends, "SMALL_ON_GPU", 0)
-    try:
-        for C, expected in ((96, 2), (97, 0)):
-            assert triton_calls(ops.layer_norm, draw(3, C), draw(C, seed=1), draw(C, seed=2)) == expected
-        for D, T, expected in ((32, 20, 2), (33, 20, 0), (32, 40, 0), (32, 41, 2)):
-            qkv = [draw(1, T, 2, D, seed=seed) for seed in range(3)]
-            assert triton_calls(ops.causal_attention, *qkv) == expected
-            packed = torch.cat(qkv, 2).flatten(2)
-            assert triton_calls(lambda x: ops.causal_attention_qkvpacked(x, 2), packed) == expected
-        for T, expected in ((7, 0), (8, 2)):
-            idx = torch.arange(T, device=DEVICE)[None]
-            assert (
-                triton_calls(lambda *tables, idx=idx: ops.embedding(idx, *tables), draw(9, 16), draw(9, 16)) == expected
-            )
-    finally:
-        library._destroy()
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)

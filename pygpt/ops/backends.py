@@ -16,10 +16,8 @@ import importlib.util
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType, TracebackType
-from typing import Any
 
 import torch
 from torch.autograd import forward_ad as _forward_ad
@@ -143,34 +141,12 @@ def _column(name: str) -> Column:
     return _columns[name]
 
 
-def _triton_takes() -> dict[str, bool | Callable[..., bool]]:
-    """For which ops Triton answers the operators that compiled CUDA kernels answer too, or for which arguments."""
+def _triton_takes() -> dict[str, bool]:
+    """For which ops Triton answers the operators that compiled CUDA kernels answer too."""
     if _forced is not None:
         return dict.fromkeys(TRITON_OPS, _forced == "triton")
-
     capability = torch.cuda.get_device_capability()
-    here = [backend for backend in ("cuda", "triton") if ready(backend)]
-
-    def first(op: str, bits: int, sizes: Mapping[str, int] | None = None) -> str:
-        return next((name for name in choices.preferred(op, capability, bits, sizes) if name in here), "")
-
-    def by_arguments(op: str) -> Callable[..., bool]:
-        known: dict[tuple[int, ...], bool] = {}  # asked in every call
-
-        def wanted(*arguments: Any) -> bool:
-            bits, sizes = choices.value_of(*arguments).itemsize * 8, choices.sizes(op, *arguments)
-            key = (bits, *sizes.values())
-            if key not in known:
-                known[key] = first(op, bits, sizes) == "triton"
-            return known[key]
-
-        return wanted
-
-    def takes(op: str) -> bool | Callable[..., bool]:
-        lines = {name for bits in (16, 32) for name in choices.preferred(op, capability, bits) if name in here}
-        return by_arguments(op) if len(lines) == 2 else lines == {"triton"}
-
-    return {op: takes(op) for op in TRITON_OPS}
+    return {op: any("triton" in choices.preferred(op, capability, bits) for bits in (16, 32)) for op in TRITON_OPS}
 
 
 def _force(name: str | None) -> None:
@@ -393,7 +369,7 @@ def _why_not(op: str, device: str, backend: str) -> str:
         return f"'{_forced}' was asked for"
     if backend not in _order(op, device, _usual(device)):
         return "not measured faster on this GPU"
-    return "another backend is preferred" if device == "cpu" else "measured faster for other sizes than these"
+    return "another backend is preferred"
 
 
 def _name(dtype: torch.dtype) -> str:
