@@ -6,7 +6,7 @@
 
 namespace pygpt {
 
-// Queries and keys are taken in blocks of 64: K and V of a block (64 x 64 floats each) fit the first-level cache.
+// Queries and keys are taken in blocks of 64.
 constexpr int64_t kAttentionBlock = 64;
 // With at most this many queries nothing is packed: keys and values are read once, as they lie.
 constexpr int64_t kDecodeQueries = 4;
@@ -43,6 +43,8 @@ struct AttentionShape {
     return document_start && query < T ? document_start[head / H * T + query] : 0;
   }
   int64_t end_key(int64_t query) const { return query + S - T + 1; }
+  // Whether the queries from this one on all see the keys before end, or may as far as documents are not asked.
+  bool all_see(int64_t query, int64_t end) const { return !document_start && end_key(query) >= end; }
   // Row length of every packed buffer, in floats: the columns beyond D are zero.
   int64_t width() const { return (D + 31) / 32 * 32; }
   int64_t query_blocks() const { return (T + kAttentionBlock - 1) / kAttentionBlock; }

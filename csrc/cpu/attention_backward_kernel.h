@@ -13,8 +13,8 @@ namespace pygpt::PYGPT_ISA {
 struct BackwardBuffers {
   float *query_rows, *grad_rows, *query_summed, *grad_summed, *grad_q, *lse2, *delta;   // of the head
   float *key_panel, *value_panel, *key_summed, *grad_k, *grad_v;                        // of a block of keys
-  float *scores, *grad_p;                    // (kRows x kBlock)
   float *p_across, *ds_across, *ds_rows;     // of a tile: P and dS by pairs of queries, dS by pairs of keys
+  float *scores, *grad_p;                    // (kGroup x kBlock), with pairs; without them P and dS are made where they stay
 };
 
 template <class T>
@@ -35,13 +35,14 @@ static BackwardBuffers lay_out(const AttentionShape& shape, float* at) {
   w.key_summed = at, at += block;
   w.grad_k = at, at += block;
   w.grad_v = at, at += block;
-  w.scores = at, at += kRows * kBlock;
-  w.grad_p = at, at += kRows * kBlock;
   w.p_across = at, at += kBlock * kBlock;
   w.ds_across = at, at += kBlock * kBlock;
   w.ds_rows = w.ds_across;
-  if (P == 2) w.ds_rows = at;
-  at += kBlock * kBlock;
+  if (P == 2) {
+    w.ds_rows = at, at += kBlock * kBlock / 2;
+    w.scores = at, at += kGroup * kBlock;
+    w.grad_p = at, at += kGroup * kBlock;
+  }
   w.lse2 = at, at += shape.query_blocks() * kBlock;
   w.delta = at;
   return w;
@@ -102,30 +103,21 @@ PYGPT_INLINE void softmax_backward_row(const AttentionShape& shape, float* score
   for (int64_t j = columns; j < kBlock; j += kLanes) store(scores + j, zero), store(grad_p + j, zero);
 }
 
-// Copies a group's P and dS from the scratch rows to the tile, rows r .. r + kRows.
-template <int P>
-PYGPT_INLINE void store_group(const BackwardBuffers& w, const float* scores, const float* grad_p, int64_t r) {
-  for (int i = 0; i < kRows; i += P)
+#ifdef PYGPT_AVX512_BF16
+// A group's P and dS as pairs, rows r .. r + rows of the tile.
+static void store_pairs(const BackwardBuffers& w, int64_t r, int64_t rows) {
+  for (int64_t i = 0; i < rows; i += 2)
     for (int64_t j = 0; j < kBlock; j += kLanes) {
-      const vf p = load(scores + i * kBlock + j), ds = load(grad_p + i * kBlock + j);
-#ifdef PYGPT_AVX512_BF16
-      if constexpr (P == 2) {
-        store(w.p_across + (r + i) / 2 * kBlock + j, pair_across(p, load(scores + (i + 1) * kBlock + j)));
-        store(w.ds_across + (r + i) / 2 * kBlock + j, pair_across(ds, load(grad_p + (i + 1) * kBlock + j)));
-        continue;
-      }
-#endif
-      store(w.p_across + (r + i) * kBlock + j, p);
-      store(w.ds_across + (r + i) * kBlock + j, ds);
+      const float *p = w.scores + i * kBlock + j, *ds = w.grad_p + i * kBlock + j;
+      store(w.p_across + (r + i) / 2 * kBlock + j, pair_across(load(p), load(p + kBlock)));
+      store(w.ds_across + (r + i) / 2 * kBlock + j, pair_across(load(ds), load(ds + kBlock)));
     }
-#ifdef PYGPT_AVX512_BF16
-  if constexpr (P == 2)
-    for (int i = 0; i < kRows; ++i)
-      for (int64_t j = 0; j < kBlock; j += 2 * kLanes)
-        store(w.ds_rows + (r + i) * (kBlock / 2) + j / 2,
-              pair_along(load(grad_p + i * kBlock + j), load(grad_p + i * kBlock + j + kLanes)));
-#endif
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < kBlock; j += 2 * kLanes)
+      store(w.ds_rows + (r + i) * (kBlock / 2) + j / 2,
+            pair_along(load(w.grad_p + i * kBlock + j), load(w.grad_p + i * kBlock + j + kLanes)));
 }
+#endif
 
 // The first column of a block of keys that a sum for a group of queries begins with: before it nobody sees any.
 template <class T, bool DOCUMENTS>
@@ -139,21 +131,24 @@ PYGPT_INLINE void add_key_gradients(const AttentionShape& shape, const BackwardB
                                     int64_t k0, int64_t rows, int64_t keys, int64_t count) {
   constexpr int P = kPair<T>;
   const int64_t D = shape.D, width = shape.width();
-  for (int64_t j = 0, end = DOCUMENTS ? 0 : rows; j < keys; j += kRows) {
+  const int64_t step = !DOCUMENTS && count >= keys ? kGroup : kRows;
+  for (int64_t j = 0, end = DOCUMENTS ? 0 : rows; j < keys; j += step) {
     const int64_t from = larger(0, j + 1 - count) / kRows * kRows;  // the first queries that see these keys
+    const int64_t here = smaller(step, round_up(keys - j, kRows));
     while (DOCUMENTS && end < rows && shape.first_key(head, q0 + end) < k0 + j + kRows) ++end;
     if (from >= end) continue;
     const int64_t n = (end - from + P - 1) / P, at = from / P * kBlock + j;
     const int64_t operand = (q0 + from) / P * width;
-    product<P, true, Into::add>(w.p_across + at, kBlock, w.grad_summed + operand, width, w.grad_v + j * width, width, n, D);
-    product<P, true, Into::add>(w.ds_across + at, kBlock, w.query_summed + operand, width, w.grad_k + j * width, width, n,
+    product<P, true, Into::add>(w.p_across + at, kBlock, w.grad_summed + operand, width, w.grad_v + j * width, width, n, here,
                                 D);
+    product<P, true, Into::add>(w.ds_across + at, kBlock, w.query_summed + operand, width, w.grad_k + j * width, width, n,
+                                here, D);
   }
 }
 
-// The columns of a block of keys up to the last that a group sees, whose first query sees `count` of them.
-PYGPT_INLINE int64_t seen_columns(int64_t keys, int64_t count) {
-  return round_up(smaller(keys, count + kRows - 1), kLanes);
+// The columns of a block of keys up to the last that a group of queries sees, whose first query sees `count` of them.
+PYGPT_INLINE int64_t seen_columns(int64_t keys, int64_t count, int64_t queries) {
+  return round_up(smaller(keys, count + queries - 1), kLanes);
 }
 
 // One 64 x 64 tile: queries q0 .. q0 + 64, of which those before end_query see a key of the tile, keys k0 .. k0 + 64.
@@ -167,28 +162,34 @@ static void backward_tile(const AttentionShape& shape, const BackwardBuffers& w,
   const int64_t count = shape.end_key(q0) - k0;           // keys of this block that query q0 sees, but for its document
   const int64_t first = count > 0 ? 0 : 1 - count;        // the first query that sees any
   if (first >= rows) return;
-  for (int64_t r = first / kRows * kRows; r < rows; r += kRows) {
-    const int64_t from = first_column<T, DOCUMENTS>(shape, head, q0 + r, k0), columns = seen_columns(keys, count + r);
-    product<P, false, Into::assign>(w.query_rows + (q0 + r) * stride, stride, w.key_panel + from, kBlock, w.scores + from,
-                                    kBlock, units, columns - from);
-    product<P, false, Into::assign>(w.grad_rows + (q0 + r) * stride, stride, w.value_panel + from, kBlock, w.grad_p + from,
-                                    kBlock, units, columns - from);
-    for (int i = 0; i < kRows; ++i) {
+  const int64_t step = !DOCUMENTS && count >= keys ? kGroup : kRows;  // where some see more than others, small groups hide less
+  for (int64_t r = first / kRows * kRows; r < rows; r += step) {
+    const int64_t here = smaller(step, round_up(rows - r, kRows));
+    const int64_t from = first_column<T, DOCUMENTS>(shape, head, q0 + r, k0), columns = seen_columns(keys, count + r, here);
+    float *scores = P == 2 ? w.scores : w.p_across + r * kBlock, *grad_p = P == 2 ? w.grad_p : w.ds_across + r * kBlock;
+    product<P, false, Into::assign>(w.query_rows + (q0 + r) * stride, stride, w.key_panel + from, kBlock, scores + from,
+                                    kBlock, units, here, columns - from);
+    product<P, false, Into::assign>(w.grad_rows + (q0 + r) * stride, stride, w.value_panel + from, kBlock, grad_p + from,
+                                    kBlock, units, here, columns - from);
+    for (int64_t i = 0; i < here; ++i) {
       vi keep[kBlock / kLanes];
       if (shape.dropout.on) dropout_keep(shape.dropout, head, q0 + r + i, k0 / kBlock, keep);
       const Seen seen{DOCUMENTS ? shape.first_key(head, q0 + r + i) - k0 : 0, count + r + i};
-      softmax_backward_row<T>(shape, w.scores + i * kBlock, w.grad_p + i * kBlock, from, columns, seen, w.lse2[q0 + r + i],
+      softmax_backward_row<T>(shape, scores + i * kBlock, grad_p + i * kBlock, from, columns, seen, w.lse2[q0 + r + i],
                               w.delta[q0 + r + i], shape.dropout.on ? keep : nullptr);
     }
-    store_group<P>(w, w.scores, w.grad_p, r);
+#ifdef PYGPT_AVX512_BF16
+    if constexpr (P == 2) store_pairs(w, r, here);
+#endif
   }
   if (want_keys) add_key_gradients<T, DOCUMENTS>(shape, w, head, q0, k0, rows, keys, count);
   if (want_queries)
-    for (int64_t r = first / kRows * kRows; r < rows; r += kRows) {
+    for (int64_t r = first / kRows * kRows; r < rows; r += step) {
+      const int64_t here = smaller(step, round_up(rows - r, kRows));
       const int64_t from = first_column<T, DOCUMENTS>(shape, head, q0 + r, k0);
-      const int64_t seen = smaller(keys, count + r + kRows - 1) - from;
+      const int64_t seen = smaller(keys, count + r + here - 1) - from;
       product<P, false, Into::add>(w.ds_rows + (r * kBlock + from) / P, kBlock / P, w.key_summed + from / P * width,
-                                   width, w.grad_q + (q0 + r) * width, width, (seen + P - 1) / P, D);
+                                   width, w.grad_q + (q0 + r) * width, width, (seen + P - 1) / P, here, D);
     }
 }
 

@@ -1,5 +1,5 @@
 // Forward of causal attention for one instruction set (see foreach_isa.h): the online softmax of Milakov and Gimelshein
-// (2018) over blocks of keys, as in FlashAttention (Dao et al., 2022). No T x S matrix exists: a group of kRows queries
+// (2018) over blocks of keys, as in FlashAttention (Dao et al., 2022). No T x S matrix exists: a group of queries
 // has 64 scores each at a time, in the first-level cache.
 //
 // Scores are kept in units of log2: s = scale * log2(e) * q.k, probabilities are 2^(s - max). Sums are float32.
@@ -141,17 +141,19 @@ PYGPT_INLINE void prefetch_row(const T* row, int64_t D) {
   for (int64_t d = 0; d < D; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + d);
 }
 
-// Asks for rows r .. r + kRows of one block of a head, so that packing finds them in the cache.
+// Asks for `rows` rows of a head, from `first` on and before `end`, so that packing finds them in the cache.
 template <class T>
-PYGPT_INLINE void prefetch_rows(HeadView<const T> x, int64_t H, int64_t D, int64_t head, int64_t first, int64_t end) {
+PYGPT_INLINE void prefetch_rows(HeadView<const T> x, int64_t H, int64_t D, int64_t head, int64_t first, int64_t rows,
+                                int64_t end) {
   const T* row = x.data + head / H * x.batch + head % H * x.head + first * x.time;
-  for (int64_t r = first; r < end && r < first + kRows; ++r, row += x.time) prefetch_row(row, D);
+  for (int64_t r = first; r < smaller(end, first + rows); ++r, row += x.time) prefetch_row(row, D);
 }
 
-// A group of kRows queries, the first of them row `row` of its block, against `seen` keys of one block from `from` on.
+// A group of queries, `rows` of them or up to kRows - 1 less, the first of them row `row` of its block, against `seen` keys of
+// one block from `from` on.
 struct Group {
-  int64_t row, key_block, from, seen;
-  float* scores;  // (kRows x kBlock)
+  int64_t row, rows, key_block, from, seen;
+  float* scores;  // (rows x kBlock)
 };
 
 // Of a group whose scores are computed: the softmax, and what it adds to the output.
@@ -160,12 +162,13 @@ PYGPT_INLINE void attend(const AttentionShape& shape, const PackedHead<T>& packe
                    float* o, int64_t head, int64_t q0) {
   constexpr int P = kPair<T>;
   const int64_t r = group.row, width = shape.width(), first_key = group.key_block * kBlock + group.from;
-  const int rows = static_cast<int>(smaller(kRows, shape.T - q0 - r));
-  float factor[kLanes];
-  softmax_rows<T>(shape, group.scores, rows, round_up(group.seen, kLanes),
-                  {running.largest + r, running.sum + r * kLanes}, factor, head, q0 + r, first_key);
+  float factor[kGroup + kLanes];
+  for (int64_t i = 0; i < group.rows; i += kRows)
+    softmax_rows<T>(shape, group.scores + i * kBlock, static_cast<int>(smaller(kRows, shape.T - q0 - r - i)),
+                    round_up(group.seen, kLanes), {running.largest + r + i, running.sum + (r + i) * kLanes}, factor + i, head,
+                    q0 + r + i, first_key);
   product<P, false, Into::rescale>(group.scores, kBlock, packed.values + first_key / P * width, width, o + r * width,
-                                   width, (group.seen + P - 1) / P, shape.D, factor);
+                                   width, (group.seen + P - 1) / P, group.rows, shape.D, factor);
 }
 
 // Work items first .. last, an item being (batch, head, block of queries) in this order, ascending.
@@ -181,7 +184,7 @@ void attention_forward(const AttentionShape& shape, HeadView<const T> q, HeadVie
   float* queries = packed.values + shape.key_blocks() * panel;
   float* o = queries + panel;
   float* scores = o + kBlock * width;
-  const Running running = {scores + kRows * kBlock, scores + kRows * kBlock + kBlock};
+  const Running running = {scores + kGroup * kBlock, scores + kGroup * kBlock + kBlock};
   for (int64_t item = first; item < last; ++item) {
     const int64_t head = item / shape.query_blocks(), block = item % shape.query_blocks();
     const int64_t b = head / shape.H, h = head % shape.H, q0 = block * kBlock, rows = smaller(kBlock, shape.T - q0);
@@ -192,24 +195,28 @@ void attention_forward(const AttentionShape& shape, HeadView<const T> q, HeadVie
     std::memset(o, 0, round_up(rows, kRows) * width * sizeof(float));
     std::memset(running.sum, 0, kBlock * kLanes * sizeof(float));
     for (int64_t r = 0; r < kBlock; ++r) running.largest[r] = -std::numeric_limits<float>::infinity();
-    for (int64_t key_block = key_blocks.begin; key_block < key_blocks.end; ++key_block)
-      for (int64_t r = 0; r < rows; r += kRows) {
+    for (int64_t key_block = key_blocks.begin; key_block < key_blocks.end; ++key_block) {
+      // Where some see more than others, small groups have less to hide.
+      const int64_t k0 = key_block * kBlock, group = shape.all_see(q0, k0 + kBlock) ? kGroup : kRows;
+      for (int64_t r = 0; r < rows; r += group) {
+        const int64_t here = smaller(group, round_up(rows - r, kRows));
         // Keys of this block that the group sees: its first query begins first, its last query ends last.
-        const int64_t k0 = key_block * kBlock, first_key = larger(0, shape.first_key(head, q0 + r) - k0);
+        const int64_t first_key = larger(0, shape.first_key(head, q0 + r) - k0);
         const int64_t from = first_key / kLanes * kLanes;
-        const int64_t seen = smaller(kBlock, shape.end_key(q0 + smaller(r + kRows, rows) - 1) - k0) - from;
+        const int64_t seen = smaller(kBlock, shape.end_key(q0 + smaller(r + here, rows) - 1) - k0) - from;
         if (seen <= 0) continue;
         if (key_block == key_blocks.begin && item + 1 < last) {
           const int64_t next_head = (item + 1) / shape.query_blocks(), next = (item + 1) % shape.query_blocks();
           const int64_t next_key = (shape.end_key_block(next) - 1) * kBlock + r;
-          prefetch_rows(q, shape.H, D, next_head, next * kBlock + r, shape.T);
-          prefetch_rows(k, shape.H, D, next_head, next_key, shape.S);
-          prefetch_rows(v, shape.H, D, next_head, next_key, shape.S);
+          prefetch_rows(q, shape.H, D, next_head, next * kBlock + r, here, shape.T);
+          prefetch_rows(k, shape.H, D, next_head, next_key, here, shape.S);
+          prefetch_rows(v, shape.H, D, next_head, next_key, here, shape.S);
         }
         product<P, false, Into::scale>(queries + r * (width / P), width / P, packed.keys + key_block * panel + from, kBlock,
-                                       scores, kBlock, units, seen, &scale);
-        attend<T>(shape, packed, {r, key_block, from, seen, scores}, running, o, head, q0);
+                                       scores, kBlock, units, here, seen, &scale);
+        attend<T>(shape, packed, {r, here, key_block, from, seen, scores}, running, o, head, q0);
       }
+    }
     finish_rows(shape, o, running, rows, out + ((b * shape.T + q0) * shape.H + h) * D, lse + head * shape.T + q0);
   }
 }

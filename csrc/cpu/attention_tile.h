@@ -16,6 +16,9 @@ constexpr int kPair<bf16> = 2;
 // The register block of a product: rows times vectors of accumulators.
 constexpr int kRows = PYGPT_LANES == 16 ? 8 : 4;
 constexpr int kVectors = 2;
+// Rows that go through a product together, column by column of its blocks: the second operand, which with all the others does
+// not fit the first-level cache, is read once for all of them.
+constexpr int kGroup = 4 * kRows;
 
 constexpr int64_t kBlock = kAttentionBlock;
 constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
@@ -39,14 +42,16 @@ PYGPT_INLINE vf multiply_add(vf sum, const float* a, vf b) {
 
 // c (kRows x VECTORS * kLanes) from the product a b over k units.
 // a is (kRows x k) with row stride lda, or ACROSS: (k x kRows) with row stride lda. b is (k x ...) with row stride ldb.
+// A function of its own: among a kernel's other values there are not registers enough for its addresses.
 template <int PAIR, bool ACROSS, Into INTO, int VECTORS>
-static void product_block(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t k,
-                          const float* factor) {
+__attribute__((noinline)) static void product_block(const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+                                                    int64_t ldc, int64_t k, const float* factor) {
   vf sum[kRows][VECTORS];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v) sum[r][v] = vf{};
+#pragma GCC unroll 2
   for (int64_t i = 0; i < k; ++i) {
     vf row[VECTORS];
 #pragma GCC unroll 8
@@ -69,14 +74,20 @@ static void product_block(const float* a, int64_t lda, const float* b, int64_t l
     }
 }
 
-// The same for any number of columns; those up to the next multiple of kLanes are computed too.
+// The same for any number of columns and a multiple of kRows rows; columns up to the next multiple of kLanes are computed too.
 template <int PAIR, bool ACROSS, Into INTO>
 PYGPT_INLINE void product(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t k,
-                          int64_t columns, const float* factor = nullptr) {
+                          int64_t rows, int64_t columns, const float* factor = nullptr) {
+  const int64_t next = ACROSS ? kRows : kRows * lda;
   int64_t at = 0;
   for (; at + (kVectors - 1) * kLanes < columns; at += kVectors * kLanes)
-    product_block<PAIR, ACROSS, INTO, kVectors>(a, lda, b + at, ldb, c + at, ldc, k, factor);
-  for (; at < columns; at += kLanes) product_block<PAIR, ACROSS, INTO, 1>(a, lda, b + at, ldb, c + at, ldc, k, factor);
+    for (int64_t r = 0; r < rows; r += kRows)
+      product_block<PAIR, ACROSS, INTO, kVectors>(a + r / kRows * next, lda, b + at, ldb, c + r * ldc + at, ldc, k,
+                                                  INTO == Into::rescale ? factor + r : factor);
+  for (; at < columns; at += kLanes)
+    for (int64_t r = 0; r < rows; r += kRows)
+      product_block<PAIR, ACROSS, INTO, 1>(a + r / kRows * next, lda, b + at, ldb, c + r * ldc + at, ldc, k,
+                                           INTO == Into::rescale ? factor + r : factor);
 }
 
 // --- packing -------------------------------------------------------------------------------------------------------

@@ -230,8 +230,9 @@ PYGPT_INLINE vf vexp2(vf x) {
 #if PYGPT_LANES == 16
   const vf f = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT), whole = x - f;  // f of an infinity is 0
 #else
-  const vf low = splat(-127.0f), round = splat(12582912.0f);  // 1.5 * 2^23, whose ulp is 1
-  x = x < low ? low : x;
+  // 1.5 * 2^23, whose ulp is 1, and an exponent's bias: the low bits of the sum are the exponent of 2^whole.
+  const vf round = splat(12582912.0f + 127.0f);
+  x = vmax(splat(-127.0f), x);
   const vf shifted = x + round, f = x - (shifted - round);
 #endif
   vf p;
@@ -245,8 +246,7 @@ PYGPT_INLINE vf vexp2(vf x) {
 #if PYGPT_LANES == 16
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)whole);
 #else
-  // The integer lies in the low bits; -127 makes the factor 0. Unsigned: keys that a query does not see may overflow.
-  return p * (vf)(((vu)shifted << 23) + (127u << 23));
+  return p * (vf)((vu)shifted << 23);  // -127 makes the factor 0; keys that a query does not see may overflow
 #endif
 }
 
