@@ -18,17 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def build_wheel(folder: Path, environment: dict[str, str], *options: str) -> Path:
-    """Build the package's wheel into `folder`, with a build directory of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        f"-Cbuild-dir={folder}/build",
-    ]
+    """Build the package's wheel into `folder`."""
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
     done = subprocess.run(
         [*command, *options, "-w", str(folder), str(ROOT)], env=environment, capture_output=True, text=True, timeout=250
     )
@@ -41,7 +32,7 @@ def build_wheel(folder: Path, environment: dict[str, str], *options: str) -> Pat
 def pure(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package as PYGPT_BUILD_EXT=off installs it, unpacked."""
     folder = tmp_path_factory.mktemp("pure")
-    wheel = build_wheel(folder, {**os.environ, "PYGPT_BUILD_EXT": "off"})
+    wheel = build_wheel(folder, {**os.environ, "PYGPT_BUILD_EXT": "off"}, f"-Cbuild-dir={folder}/build")
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -54,11 +45,9 @@ def pure(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.skipif(backends.extension is None, reason="no C++ compiler here: pygpt._C was not built")
 def test_the_compiled_wheel_holds_kernels_and_is_small(tmp_path):
-    """Built without CUDA, whose library depends on the nvcc of the machine; installed, it serves the CPU ops. Compiled with
-    less optimizing, in less time; how large the optimized kernels are, those of this environment tell."""
-    assert Path(backends.extension.__file__).stat().st_size < 5 << 20
-    options = ["-Ccmake.build-type=MinSizeRel", "-Ccmake.define.CMAKE_CXX_FLAGS_MINSIZEREL=-O1"]
-    wheel = build_wheel(tmp_path, {**os.environ, "PYGPT_CUDA": "off"}, *options)
+    """Built without CUDA, whose library depends on the nvcc of the machine; installed, it serves the CPU ops. In the folder
+    that the install of this environment was built in, where there is little left to compile."""
+    wheel = build_wheel(tmp_path, {**os.environ, "PYGPT_CUDA": "off"})
     assert wheel.stat().st_size < 5 << 20
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -83,7 +72,8 @@ def test_without_a_compiler_the_install_is_pure_python(tmp_path):
         found = shutil.which(name)
         if found:
             (tools / name).symlink_to(found)
-    wheel = build_wheel(tmp_path, {"HOME": os.environ.get("HOME", "/"), "PATH": str(tools), "PYGPT_CUDA": "off"})
+    environment = {"HOME": os.environ.get("HOME", "/"), "PATH": str(tools), "PYGPT_CUDA": "off"}
+    wheel = build_wheel(tmp_path, environment, f"-Cbuild-dir={tmp_path}/build")
     with zipfile.ZipFile(wheel) as archive:
         assert "pygpt/model.py" in archive.namelist()
         assert not [name for name in archive.namelist() if name.endswith(".so")]

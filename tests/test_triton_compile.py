@@ -1,5 +1,6 @@
-"""Every Triton kernel variant that the heuristics can choose, compiled for sm_80, sm_89 and sm_90 with no GPU, and
-for sm_100 and sm_120 where attention has lines of its own for them.
+"""Every Triton kernel variant that the heuristics can choose, compiled for sm_80 and sm_90 with no GPU, and for sm_100 and
+sm_120 where attention has lines of its own for them. What is compiled for sm_80 stands for sm_86 and sm_89, which have its
+instructions and less shared memory.
 
 The compiler's own figures are the evidence: no register spills, shared memory within the architecture's limit, and
 tensor-core instructions where products are meant to run on them.
@@ -18,13 +19,13 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: the Triton kernels are not compiled")
 
-SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # bytes a block may use
+SHARED_LIMIT = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # bytes a block may use
 OPS = ["layer_norm", "embedding", "attention", "cross_entropy, gelu and adamw"]
 
 
 @pytest.mark.parametrize(
     ("op", "arch"),
-    [*((op, arch) for op in OPS for arch in (80, 89, 90)), ("later attention", 100), ("later attention", 120)],
+    [*((op, arch) for op in OPS for arch in (80, 90)), ("later attention", 100), ("later attention", 120)],
 )
 def test_every_configuration(op: str, arch: int):
     for cubin in compiled(op, arch):
@@ -48,6 +49,13 @@ def compiled(op: str, arch: int) -> list[dict]:
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout)
+
+
+def test_what_holds_for_sm_80_holds_for_sm_86_and_sm_89():
+    from pygpt.kernels import attention, attention_backward
+
+    for row in (*attention.FORWARD, *attention_backward.GRAD_Q, *attention_backward.GRAD_KV):
+        assert len({arch in row.arch for arch in (80, 86, 89)}) == 1, row
 
 
 def test_every_line_of_the_attention_tables_is_taken_somewhere(monkeypatch: pytest.MonkeyPatch):
