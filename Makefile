@@ -52,12 +52,14 @@ sanitize: $(VENV)/.test         ## tests of the CPU kernels under AddressSanitiz
 	cd $(SANITIZED) && export $(UNDER_SANITIZERS) && bin/python -c "import pygpt._C" && $(TEST_BESIDE) --timeout 1800 \
 	  $(call cpu-tests,attention attention_numerics attention_bias qkvpacked embedding layer_norm gelu linear linear_int8 matmul decode_blocks cross_entropy cross_entropy_kernel optim)
 
-# On a processor with AVX-512 BF16; SANITIZE=1 also with the sanitizers. Of the levels only this one: the others are not emulated.
+# Of the levels only those that are emulated. SANITIZE=1: also with the sanitizers.
 EMULATED := build/amx$(if $(SANITIZE),-sanitize)
-test-amx: $(VENV)/.test         ## tests of the kernels for AMX, on an emulation of its instructions
-	$(call build-beside,$(EMULATED),PYGPT_AMX_EMULATED=ON $(if $(SANITIZE),PYGPT_SANITIZE=ON))
+NO_AVX512 := $(if $(shell grep -m1 avx512_bf16 /proc/cpuinfo),,yes)
+test-amx: $(VENV)/.test         ## tests of the kernels for AMX, and where the processor has no AVX-512 of those for it, emulated
+	$(call build-beside,$(EMULATED),PYGPT_AMX_EMULATED=ON $(if $(NO_AVX512),PYGPT_AVX512_EMULATED=ON) $(if $(SANITIZE),PYGPT_SANITIZE=ON))
 	cd $(EMULATED) && $(if $(SANITIZE),export $(UNDER_SANITIZERS) &&) $(TEST_BESIDE) $(if $(SANITIZE),--timeout 1800,-n 2) \
-	  -k "amx or matmul or cpp" $(call cpu-tests,amx matmul linear attention attention_numerics attention_bias qkvpacked cross_entropy cross_entropy_kernel)
+	  -k "amx or matmul or cpp $(if $(NO_AVX512),or avx512)" $(call cpu-tests,amx matmul linear attention attention_numerics \
+	  attention_bias qkvpacked cross_entropy cross_entropy_kernel $(if $(NO_AVX512),embedding layer_norm gelu linear_int8 decode_blocks optim))
 
 lint: $(VENV)/.dev              ## formatting, lint, types
 	$(BIN)/ruff check .

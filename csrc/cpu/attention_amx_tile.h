@@ -180,7 +180,9 @@ struct Exponentials {
 #pragma GCC unroll 4
     for (int i = 0; i < 8; i += 2) {
       vf even = load(scores + i * kSide), odd = load(scores + (i + 1) * kSide);
+#ifndef PYGPT_AVX512_EMULATED
       asm("" : "+v"(even), "+v"(odd));  // or the compiler copies `scale` instead, by an instruction more
+#endif
       const __m512i x = (__m512i)vmax(splat(kFixedLeast), even * scale + offset);  // in this order: NaN stays
       const __m512i y = (__m512i)vmax(splat(kFixedLeast), odd * scale + offset);
       bits = _mm512_ternarylogic_epi32(bits, x, y, 0xfe);  // or

@@ -46,6 +46,9 @@ int find_best() {
 #if PYGPT_X86_LEVELS
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+#ifdef PYGPT_AVX512_EMULATED
+  return 4;
+#else
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
       !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
     return 1;
@@ -58,6 +61,7 @@ int find_best() {
   if (has_amx()) return 4;
 #endif
   return 3;
+#endif
 #else
   return 0;
 #endif

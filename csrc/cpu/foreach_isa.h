@@ -15,6 +15,9 @@
 #if PYGPT_X86_LEVELS
 #include <immintrin.h>
 #endif
+#ifdef PYGPT_AVX512_EMULATED
+#include "avx512_emulation.h"  // make test-amx, on a processor without AVX-512
+#endif
 #ifdef PYGPT_AMX_LEVEL
 #include "cpu/amx.h"
 #endif
@@ -39,7 +42,11 @@
 #pragma GCC pop_options
 
 #pragma GCC push_options
+#ifdef PYGPT_AVX512_EMULATED
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,popcnt")
+#else
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2,popcnt,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
+#endif
 #define PYGPT_ISA avx512
 #define PYGPT_LANES 16
 #include "cpu/simd.h"
@@ -49,7 +56,11 @@
 #pragma GCC pop_options
 
 #pragma GCC push_options
+#ifdef PYGPT_AVX512_EMULATED
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,popcnt")
+#else
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2,popcnt,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,prefer-vector-width=512")
+#endif
 #define PYGPT_ISA avx512_bf16
 #define PYGPT_LANES 16
 #define PYGPT_AVX512_BF16 1  // the pragma does not define the compiler's own macro in C++ (GCC 12)
@@ -61,7 +72,11 @@
 #pragma GCC pop_options
 #if defined(PYGPT_AMX_LEVEL) && defined(PYGPT_KERNELS_FOR_AMX)  // defined by a file whose kernels have variants for it
 #pragma GCC push_options
+#ifdef PYGPT_AVX512_EMULATED
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,popcnt")
+#else
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2,popcnt,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi,avx512vbmi2,prefer-vector-width=512")
+#endif
 #define PYGPT_ISA amx
 #define PYGPT_AVX512_BF16 1
 #define PYGPT_LANES 16

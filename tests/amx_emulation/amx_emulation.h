@@ -14,6 +14,13 @@
 #include <cstdlib>
 #include <cstring>
 
+#ifdef PYGPT_AVX512_EMULATED
+#include "avx512_emulation.h"
+#define PYGPT_EMULATION_TARGET "avx2,fma,f16c,bmi,bmi2,popcnt"
+#else
+#define PYGPT_EMULATION_TARGET "avx512f"
+#endif
+
 namespace pygpt {
 namespace amx_emulation {
 
@@ -49,11 +56,11 @@ inline void check_rows(const char* instruction, const void* rows, int64_t stride
 
 typedef uint32_t Units __attribute__((vector_size(64)));
 
-inline __attribute__((target("avx512f"), always_inline)) __m512 evens(Units u) { return (__m512)(u << 16); }
-inline __attribute__((target("avx512f"), always_inline)) __m512 odds(Units u) { return (__m512)(u >> 16 << 16); }
+inline __attribute__((target(PYGPT_EMULATION_TARGET), always_inline)) __m512 evens(Units u) { return (__m512)(u << 16); }
+inline __attribute__((target(PYGPT_EMULATION_TARGET), always_inline)) __m512 odds(Units u) { return (__m512)(u >> 16 << 16); }
 
 // Not inline: no arithmetic may move to where denormals count.
-__attribute__((target("avx512f"), noinline)) inline void add_dot_bf16(Tile& c, const Tile& a, const Tile& b, int rows,
+__attribute__((target(PYGPT_EMULATION_TARGET), noinline)) inline void add_dot_bf16(Tile& c, const Tile& a, const Tile& b, int rows,
                                                                       int pairs, int row_bytes) {
   const __mmask16 columns = static_cast<__mmask16>((1u << row_bytes / 4) - 1);
   for (int r = 0; r < rows; ++r) {
