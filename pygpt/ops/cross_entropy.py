@@ -23,9 +23,7 @@ from pygpt.ops.autograd import first_order
 from pygpt.ops.checks import check_device
 from pygpt.ops.linear import (
     SLICE_BYTES,
-    has_own_product,
     has_tiles,
-    has_vectors,
     in_float32,
     linear,
     matmul_nt,
@@ -71,7 +69,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
         and (hidden.dtype != torch.bfloat16 or backends.choose("linear_cross_entropy", hidden) == "eager")
     ):
         try:
-            logits = (linear if has_own_product(hidden) and not has_vectors(hidden) else F.linear)(hidden, weight)
+            logits = linear(hidden, weight)
             return F.cross_entropy(
                 logits if logits.itemsize > 2 else logits.float(), targets, ignore_index=ignore_index
             )

@@ -17,6 +17,8 @@ from pygpt.ops.checks import check_device, check_floating
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 GPU_DTYPES = (*KERNEL_DTYPES, torch.float16)
+# Elements of fewer than which torch's own op answers on the CPU.
+SMALL = {torch.float32: backends.SMALL_IN_FLOAT32, torch.bfloat16: backends.SMALL}
 backends.register("layer_norm", cpp=KERNEL_DTYPES, cuda=GPU_DTYPES)
 backends.register("add_layer_norm", cpp=KERNEL_DTYPES, cuda=GPU_DTYPES)
 
@@ -45,7 +47,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
     65,536 elements of bfloat16 or 262,144 of float32 on the CPU, or 4 million on a GPU, go to torch's own layer_norm unless
     a backend is forced.
     """
-    if _is_small(x) and weight.dim() == 1:
+    if backends.automatic_on_cpu(x, SMALL.get(x.dtype, 0)) and weight.dim() == 1:
         try:
             return torch.layer_norm(x, weight.shape, weight, bias, eps)
         except (
@@ -67,7 +69,7 @@ def add_layer_norm(
     x, residual: (..., C), the same shape; different dtypes are promoted as by addition. weight, bias: as in `layer_norm`.
     Returns (normed, x + residual), both (..., C). Small inputs go to torch, as in `layer_norm`.
     """
-    if _is_small(x) and x.shape == residual.shape and weight.dim() == 1:
+    if backends.automatic_on_cpu(x, SMALL.get(x.dtype, 0)) and x.shape == residual.shape and weight.dim() == 1:
         try:
             return torch.layer_norm(total := x + residual, weight.shape, weight, bias, eps), total
         except (RuntimeError, TypeError):
@@ -85,12 +87,6 @@ def add_layer_norm(
         return add_layer_norm_reference(x, residual, weight, bias, eps)
     out = _add_layer_norm(x, residual, weight, bias, eps)
     return out[0], out[1]
-
-
-def _is_small(x: Tensor) -> bool:
-    return backends.automatic_on_cpu(x, backends.SMALL_IN_FLOAT32) and (
-        x.dtype == torch.float32 or x.numel() < backends.SMALL
-    )
 
 
 def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -47,6 +47,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     On the CPU a product of fewer than 1.5 million multiplications is F.linear itself, unless a backend is forced; where
     F.linear itself is fast, in bfloat16 with instructions for it and in float32 with AVX2 alone, one of fewer than 268
     million."""
+    if _is_small(x, weight):
+        return F.linear(x, weight, bias)
     if (
         backends.choose("linear", x) == "eager"
         or x.dim() < 2
@@ -66,18 +68,29 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return torch.ops.pygpt.linear_few_rows.default(x, weight, bias)
     if x.numel() < MIN_ROWS * x.shape[-1]:
         return F.linear(x, weight, bias)
-    if x.dtype == torch.float32:
-        ours, least = has_own_product(x), SMALL_PRODUCT_OF_A_PEER if has_vectors(x) else SMALL_PRODUCT
-    elif has_vectors(x) or in_float32(x):
-        ours, least = True, SMALL_PRODUCT
-    else:
-        ours, least = has_tiles(x) or (ONEDNN_ADDS_BIAS and bias is not None), SMALL_PRODUCT_OF_A_PEER
-    small = x.numel() * weight.shape[0] < least and backends.automatic_on_cpu(x)
+    ours = has_own_product(x) or (x.dtype == torch.bfloat16 and ONEDNN_ADDS_BIAS and bias is not None)
     # oneDNN takes the memory of a bias as it lies, whatever its strides are.
     plain = bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous())
-    if not ours or not plain or small:
+    if not ours or not plain:
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias) if with_grad else _product(x, weight, bias)
+
+
+def _is_small(x: Tensor, weight: Tensor) -> bool:
+    """Whether F.linear multiplies this in less time than a function of our own needs around it: the first question of every
+    call, so asked in the order of what the answers cost."""
+    if not backends.automatic_on_cpu(x) or x.dim() < 2 or weight.dim() != 2:
+        return False
+    product = x.numel() * weight.shape[0]
+    if product >= SMALL_PRODUCT_OF_A_PEER or (product >= SMALL_PRODUCT and not _has_fast_peer(x)):
+        return False
+    with_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return x.numel() >= MIN_ROWS_IN_FLOAT32 * x.shape[-1] or with_grad or not has_few_rows(x)
+
+
+def _has_fast_peer(x: Tensor) -> bool:
+    """Whether F.linear is nearly as fast as what else multiplies x."""
+    return has_vectors(x) if x.dtype == torch.float32 else not (has_vectors(x) or in_float32(x))
 
 
 def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
