@@ -56,7 +56,7 @@ sanitize: $(VENV)/.test         ## tests of the CPU kernels under AddressSanitiz
 EMULATED := build/amx$(if $(SANITIZE),-sanitize)
 NO_AVX512 := $(if $(shell grep -m1 avx512_bf16 /proc/cpuinfo),,yes)
 test-amx: $(VENV)/.test         ## tests of the kernels for AMX, and where the processor has no AVX-512 of those for it, emulated
-	$(call build-beside,$(EMULATED),PYGPT_AMX_EMULATED=ON $(if $(NO_AVX512),PYGPT_AVX512_EMULATED=ON) $(if $(SANITIZE),PYGPT_SANITIZE=ON))
+	$(call build-beside,$(EMULATED),PYGPT_AMX_EMULATED=ON PYGPT_AVX512_EMULATED=$(if $(NO_AVX512),ON,OFF) $(if $(SANITIZE),PYGPT_SANITIZE=ON))
 	cd $(EMULATED) && $(if $(SANITIZE),export $(UNDER_SANITIZERS) &&) $(TEST_BESIDE) $(if $(SANITIZE),--timeout 1800,-n 2) \
 	  -k "amx or matmul or cpp $(if $(NO_AVX512),or avx512)" $(call cpu-tests,amx matmul linear attention attention_numerics \
 	  attention_bias qkvpacked cross_entropy cross_entropy_kernel $(if $(NO_AVX512),embedding layer_norm gelu linear_int8 decode_blocks optim))

@@ -11,7 +11,7 @@ import pytest
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 KERNELS = sorted(source.stem for source in (CSRC / "cuda").glob("*.cu"))
-ARCHITECTURES = ("80", "90", "120")  # 86 and 89 have the instructions of 80, 100 those that these kernels use of 120
+ARCHITECTURES = ("80", "90", "100")  # 86 and 89 have the instructions of 80, 120 those of 100 that these kernels use
 HOPPER = ("attention_hopper", "attention_hopper_backward")  # in instructions that no other architecture has
 FLAGS = ["-std=c++20", "-O3", f"-I{CSRC}", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra", "-Xptxas=-v"]
 

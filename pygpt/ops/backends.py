@@ -136,7 +136,6 @@ def _load_triton() -> str:
 def _column(name: str) -> Column:
     # Triton takes a while to import: only where someone has a use for it.
     if name == "triton" and name not in _columns:
-        _columns[name] = Column(name, "cuda", "")  # so that loading may ask who is preferred
         _columns[name] = Column(name, "cuda", _load_triton())
     return _columns[name]
 

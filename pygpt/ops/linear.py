@@ -47,7 +47,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     On the CPU a product of fewer than 1.5 million multiplications is F.linear itself, unless a backend is forced; where
     F.linear itself is fast, in bfloat16 with instructions for it and in float32 with AVX2 alone, one of fewer than 268
     million."""
-    if _is_small(x, weight):
+    if _is_small(x, weight, bias):
         return F.linear(x, weight, bias)
     if (
         backends.choose("linear", x) == "eager"
@@ -60,10 +60,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or torch.compiler.is_compiling()  # the compiler chooses its own products
     ):
         return F.linear(x, weight, bias)
-    with_grad = torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    )
-    few_rows = not with_grad and weight.is_contiguous() and weight.is_cpu and has_few_rows(x)
+    few_rows = _takes_few_rows(x, weight, bias) and weight.is_cpu
     if few_rows and (bias is None or (bias.is_cpu and bias.shape == weight.shape[:1])):
         return torch.ops.pygpt.linear_few_rows.default(x, weight, bias)
     if x.numel() < MIN_ROWS * x.shape[-1]:
@@ -73,19 +70,31 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     plain = bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous())
     if not ours or not plain:
         return F.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias) if with_grad else _product(x, weight, bias)
+    return _Linear.apply(x, weight, bias) if _wants_grad(x, weight, bias) else _product(x, weight, bias)
 
 
-def _is_small(x: Tensor, weight: Tensor) -> bool:
+def _is_small(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether F.linear multiplies this in less time than a function of our own needs around it: the first question of every
     call, so asked in the order of what the answers cost."""
     if not backends.automatic_on_cpu(x) or x.dim() < 2 or weight.dim() != 2:
         return False
-    product = x.numel() * weight.shape[0]
-    if product >= SMALL_PRODUCT_OF_A_PEER or (product >= SMALL_PRODUCT and not _has_fast_peer(x)):
+    product, many_rows = x.numel() * weight.shape[0], x.numel() >= MIN_ROWS_IN_FLOAT32 * x.shape[-1]
+    if many_rows and product < SMALL_PRODUCT:
+        return True
+    if product >= SMALL_PRODUCT_OF_A_PEER or backends.choose("linear", x) == "eager":
         return False
-    with_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return x.numel() >= MIN_ROWS_IN_FLOAT32 * x.shape[-1] or with_grad or not has_few_rows(x)
+    return (product < SMALL_PRODUCT or _has_fast_peer(x)) and (many_rows or not _takes_few_rows(x, weight, bias))
+
+
+def _wants_grad(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+
+
+def _takes_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the product is for the kernel for few rows, as far as these tensors fit together."""
+    return has_few_rows(x) and weight.is_contiguous() and not _wants_grad(x, weight, bias)
 
 
 def _has_fast_peer(x: Tensor) -> bool:

@@ -1,4 +1,4 @@
-// The instructions of csrc/cpu/amx.h in C++, for tests on a processor with AVX-512 but without AMX. As the processor
+// The instructions of csrc/cpu/amx.h in C++, for tests on a processor without AMX. As the processor
 // does, it refuses tiles that are not configured and shapes that do not fit, and works on what memory holds at that
 // moment; what it refuses ends the process, with a line that says why. Beyond that it refuses what the kernels mean
 // never to do: rows that straddle cache lines, stores whose rows overlap, and tiles left configured by whoever had them

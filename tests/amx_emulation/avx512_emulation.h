@@ -54,14 +54,19 @@ PYGPT_EMULATED_BY_LOOP void masked_store(void* to, M mask, V v) {
     if (mask >> i & 1) std::memcpy(static_cast<char*>(to) + i * sizeof(T), reinterpret_cast<const char*>(&v) + i * sizeof(T), sizeof(T));
 }
 PYGPT_EMULATED __m512i loadu_si512(const void* from) { return masked_load<uint32_t, __m512i>(0xffffu, from); }
-PYGPT_EMULATED __m512 load_ps(const void* from) { return (__m512)loadu_si512(from); }
+PYGPT_EMULATED void check_aligned(const void* at) {
+  if (reinterpret_cast<uintptr_t>(at) % 64) __builtin_trap();  // where the processor would fault
+}
+PYGPT_EMULATED __m512 load_ps(const void* from) { return check_aligned(from), (__m512)loadu_si512(from); }
 PYGPT_EMULATED __m512 maskz_loadu_ps(__mmask16 k, const void* from) { return masked_load<float, __m512>(k, from); }
 PYGPT_EMULATED __m512i maskz_loadu_epi16(__mmask32 k, const void* from) { return masked_load<uint16_t, __m512i>(k, from); }
 PYGPT_EMULATED __m256i maskz_loadu_epi16_256(__mmask16 k, const void* from) { return masked_load<uint16_t, __m256i>(k, from); }
 PYGPT_EMULATED __m128i maskz_loadu_epi8_128(__mmask16 k, const void* from) { return masked_load<uint8_t, __m128i>(k, from); }
 PYGPT_EMULATED void storeu_si512(void* to, __m512i v) { std::memcpy(to, &v, sizeof v); }
-PYGPT_EMULATED void store_ps(void* to, __m512 v) { std::memcpy(to, &v, sizeof v); }
+PYGPT_EMULATED void store_si512(void* to, __m512i v) { check_aligned(to), storeu_si512(to, v); }
+PYGPT_EMULATED void store_ps(void* to, __m512 v) { store_si512(to, (__m512i)v); }
 PYGPT_EMULATED void mask_storeu_ps(void* to, __mmask16 k, __m512 v) { masked_store<float>(to, k, v); }
+PYGPT_EMULATED void mask_store_ps(void* to, __mmask16 k, __m512 v) { check_aligned(to), mask_storeu_ps(to, k, v); }
 PYGPT_EMULATED void mask_storeu_epi16(void* to, __mmask32 k, __m512i v) { masked_store<uint16_t>(to, k, v); }
 PYGPT_EMULATED void mask_storeu_epi16_256(void* to, __mmask16 k, __m256i v) { masked_store<uint16_t>(to, k, v); }
 
@@ -257,11 +262,11 @@ PYGPT_EMULATED_BY_LOOP __m512i multishift_epi64_epi8(__m512i at, __m512i from) {
 #define _mm256_maskz_loadu_epi16 pygpt::avx512_emulation::maskz_loadu_epi16_256
 #define _mm_maskz_loadu_epi8 pygpt::avx512_emulation::maskz_loadu_epi8_128
 #define _mm512_storeu_si512 pygpt::avx512_emulation::storeu_si512
-#define _mm512_store_si512 pygpt::avx512_emulation::storeu_si512
-#define _mm512_stream_si512 pygpt::avx512_emulation::storeu_si512
+#define _mm512_store_si512 pygpt::avx512_emulation::store_si512
+#define _mm512_stream_si512 pygpt::avx512_emulation::store_si512
 #define _mm512_store_ps pygpt::avx512_emulation::store_ps
 #define _mm512_mask_storeu_ps pygpt::avx512_emulation::mask_storeu_ps
-#define _mm512_mask_store_ps pygpt::avx512_emulation::mask_storeu_ps
+#define _mm512_mask_store_ps pygpt::avx512_emulation::mask_store_ps
 #define _mm512_mask_storeu_epi16 pygpt::avx512_emulation::mask_storeu_epi16
 #define _mm256_mask_storeu_epi16 pygpt::avx512_emulation::mask_storeu_epi16_256
 #define _mm512_cmp_epi32_mask pygpt::avx512_emulation::cmp_epi32_mask
