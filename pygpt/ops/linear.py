@@ -78,6 +78,7 @@ def _is_small(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     call, so asked in the order of what the answers cost."""
     if not backends.automatic_on_cpu(x) or x.dim() < 2 or weight.dim() != 2:
         return False
+    # Rows beyond what the kernel for few takes at any level: so it need not be asked.
     product, many_rows = x.numel() * weight.shape[0], x.numel() >= MIN_ROWS_IN_FLOAT32 * x.shape[-1]
     if many_rows and product < SMALL_PRODUCT:
         return True

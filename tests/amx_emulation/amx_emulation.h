@@ -1,5 +1,4 @@
-// The instructions of csrc/cpu/amx.h in C++, for tests on a processor without AMX. As the processor
-// does, it refuses tiles that are not configured and shapes that do not fit, and works on what memory holds at that
+// The instructions of csrc/cpu/amx.h in C++, for tests on a processor without AMX. As the processor does, it refuses tiles that are not configured and shapes that do not fit, and works on what memory holds at that
 // moment; what it refuses ends the process, with a line that says why. Beyond that it refuses what the kernels mean
 // never to do: rows that straddle cache lines, stores whose rows overlap, and tiles left configured by whoever had them
 // before.
@@ -60,8 +59,8 @@ inline __attribute__((target(PYGPT_EMULATION_TARGET), always_inline)) __m512 eve
 inline __attribute__((target(PYGPT_EMULATION_TARGET), always_inline)) __m512 odds(Units u) { return (__m512)(u >> 16 << 16); }
 
 // Not inline: no arithmetic may move to where denormals count.
-__attribute__((target(PYGPT_EMULATION_TARGET), noinline)) inline void add_dot_bf16(Tile& c, const Tile& a, const Tile& b, int rows,
-                                                                      int pairs, int row_bytes) {
+__attribute__((target(PYGPT_EMULATION_TARGET), noinline)) inline void add_dot_bf16(
+    Tile& c, const Tile& a, const Tile& b, int rows, int pairs, int row_bytes) {
   const __mmask16 columns = static_cast<__mmask16>((1u << row_bytes / 4) - 1);
   for (int r = 0; r < rows; ++r) {
     __m512 even = {}, odd = {};
