@@ -9,10 +9,13 @@ from contextlib import AbstractContextManager
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pygpt
 from pygpt import ops
+from pygpt.errors import InputError
 from pygpt.ops import backends
 from pygpt.ops.linear import ONEDNN_IS_FASTER
 
@@ -75,6 +78,41 @@ def test_small_cpu_tensors_go_to_torch_unless_a_backend_is_forced():
     weight, bias = (t.detach().bfloat16().requires_grad_() for t in (weight, bias))
     assert set(who(torch.randn(backends.SMALL // 8 - 1, 8).bfloat16())) == {"NativeLayerNormBackward0"}
     assert "NativeLayerNormBackward0" not in who(torch.randn(backends.SMALL // 8, 8).bfloat16())
+
+
+@needs_extension
+def test_without_gradients_fewer_small_cpu_tensors_go_to_torch():
+    table, targets = torch.randn(65, 16), torch.randint(0, 65, (768,))
+    targets[5] = -100
+    weight = torch.rand(8)
+
+    class Ran(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.add(func.name())
+            return func(*args, **(kwargs or {}))
+
+    def ran(call, *inputs: torch.Tensor) -> set[str]:
+        names.clear()
+        with Ran():
+            call(*inputs)
+        return {name for name in names if name.startswith("pygpt::")}
+
+    names: set[str] = set()
+    x = torch.randn(backends.SMALL // 8, 8)
+    hidden = torch.randn(768, 16)
+    assert ran(ops.add_layer_norm, x, x, weight) == set()
+    with torch.no_grad():
+        assert ran(ops.add_layer_norm, x, x, weight) == {"pygpt::add_layer_norm_forward"}
+        assert ran(ops.add_layer_norm, x[1:], x[1:], weight) == set()
+        assert ran(ops.layer_norm, x, weight) == set()
+        assert ran(ops.linear_cross_entropy, hidden, table, targets) == {"pygpt::cross_entropy_"}
+        assert ran(ops.linear_cross_entropy, hidden.double(), table.double(), targets) == set()
+        loss = ops.linear_cross_entropy(hidden, table, targets)
+        expected = F.cross_entropy(hidden.double() @ table.double().T, targets)
+        assert abs(loss.item() - expected.item()) < 1e-6 * expected.item()
+        with pytest.raises(InputError, match="position 7"):
+            ops.linear_cross_entropy(hidden, table, targets.index_fill(0, torch.tensor(7), 65))
+    assert ran(ops.linear_cross_entropy, hidden.requires_grad_(), table, targets) == set()
 
 
 @needs_extension

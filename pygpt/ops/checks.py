@@ -10,15 +10,17 @@ from pygpt.errors import InputError, InputTypeError
 
 def check_floating(op: str, x: Tensor, **others: Tensor | None) -> None:
     """x is floating point, and each other tensor has x's dtype or float32."""
-    if not x.dtype.is_floating_point:
-        raise InputTypeError(f"{op}: expected a floating-point tensor, got {x.dtype}")
+    dtype = x.dtype  # read once: a small call notices what it asks of tensors
+    if not dtype.is_floating_point:
+        raise InputTypeError(f"{op}: expected a floating-point tensor, got {dtype}")
     for name, tensor in others.items():
-        if tensor is not None and tensor.dtype not in (x.dtype, torch.float32):
-            raise InputTypeError(f"{op}: {name} is {tensor.dtype}; it must be {x.dtype} like the input, or float32")
+        if tensor is not None and tensor.dtype not in (dtype, torch.float32):
+            raise InputTypeError(f"{op}: {name} is {tensor.dtype}; it must be {dtype} like the input, or float32")
 
 
 def check_device(op: str, x: Tensor, **others: Tensor | None) -> None:
     """Every other tensor is on x's device."""
+    device = x.device
     for name, tensor in others.items():
-        if tensor is not None and tensor.device != x.device:
-            raise InputError(f"{op}: {name} is on {tensor.device} but the input is on {x.device}; move one of them")
+        if tensor is not None and tensor.device != device:
+            raise InputError(f"{op}: {name} is on {tensor.device} but the input is on {device}; move one of them")

@@ -54,7 +54,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
     hidden: (N, C) and weight: (V, C), floating point, one dtype. targets: (N,) int64, each in [0, V) or `ignore_index`.
     Returns a float32 scalar (float64 for float64): the mean over targets that are not ignored, NaN when all are. Once
     differentiable. In forward mode and under torch.func's transforms it is the reference, with the whole logits in memory;
-    on the CPU fewer than 65,536 logits are whole as well, and but for bfloat16 torch's own, unless a backend is forced.
+    on the CPU fewer than 65,536 logits are whole as well, and in training but for bfloat16 torch's own, unless a backend is
+    forced.
     Raises InputError for shapes, devices and targets out of range, InputTypeError for dtypes.
     """
     if backends.is_autocast(hidden):
@@ -70,6 +71,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
     ):
         try:
             logits = linear(hidden, weight)
+            if not torch.is_grad_enabled() and backends.choose("linear_cross_entropy", hidden) == "cpp":
+                return torch.ops.pygpt.cross_entropy_.default(logits, targets, ignore_index, False)
             return F.cross_entropy(
                 logits if logits.itemsize > 2 else logits.float(), targets, ignore_index=ignore_index
             )

@@ -67,9 +67,11 @@ def add_layer_norm(
     """layer_norm(x + residual) and the sum itself, in one pass.
 
     x, residual: (..., C), the same shape; different dtypes are promoted as by addition. weight, bias: as in `layer_norm`.
-    Returns (normed, x + residual), both (..., C). Small inputs go to torch, as in `layer_norm`.
+    Returns (normed, x + residual), both (..., C). Small inputs go to torch, as in `layer_norm`, but without gradients
+    fewer than 65,536 elements alone.
     """
-    if backends.automatic_on_cpu(x, SMALL.get(x.dtype, 0)) and x.shape == residual.shape and weight.dim() == 1:
+    small = SMALL.get(x.dtype, 0) if torch.is_grad_enabled() else backends.SMALL
+    if backends.automatic_on_cpu(x, small) and x.shape == residual.shape and weight.dim() == 1:
         try:
             return torch.layer_norm(total := x + residual, weight.shape, weight, bias, eps), total
         except (RuntimeError, TypeError):

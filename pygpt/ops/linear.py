@@ -78,13 +78,11 @@ def _is_small(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     call, so asked in the order of what the answers cost."""
     if not backends.automatic_on_cpu(x) or x.dim() < 2 or weight.dim() != 2:
         return False
-    # Rows beyond what the kernel for few takes at any level: so it need not be asked.
-    product, many_rows = x.numel() * weight.shape[0], x.numel() >= MIN_ROWS_IN_FLOAT32 * x.shape[-1]
-    if many_rows and product < SMALL_PRODUCT:
-        return True
-    if product >= SMALL_PRODUCT_OF_A_PEER or backends.choose("linear", x) == "eager":
+    product = x.numel() * weight.shape[0]
+    if product >= SMALL_PRODUCT and (product >= SMALL_PRODUCT_OF_A_PEER or not _has_fast_peer(x)):
         return False
-    return (product < SMALL_PRODUCT or _has_fast_peer(x)) and (many_rows or not _takes_few_rows(x, weight, bias))
+    # Rows beyond what the kernel for few takes at any level: so it need not be asked.
+    return x.numel() >= MIN_ROWS_IN_FLOAT32 * x.shape[-1] or not _takes_few_rows(x, weight, bias)
 
 
 def _wants_grad(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
