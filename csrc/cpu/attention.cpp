@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "cpu/operators.h"
+#include "cpu/threads.h"
 
 #define PYGPT_KERNELS_FOR_AMX
 #define PYGPT_KERNELS "cpu/attention_kernels.h"
@@ -179,20 +180,23 @@ struct ForwardInputs {
   HeadView<const T> q, k, v;
 };
 
+constexpr int64_t kPartsOfWorker = 4;  // at least
+
 template <class T>
 void forward(const AttentionShape& shape, const ForwardInputs<T>& in, T* out, float* lse, const Tensor& like) {
   const int64_t blocks = shape.query_blocks(), size = shape.forward_workspace();
   const auto cost = [&](int64_t head, int64_t block) {
     return shape.end_key_block(block) - shape.first_key_block(head, block);
   };
-  const int64_t parts = threads_for(4.0 * shape.H * shape.pairs * shape.D);
-  Tensor space = workspace(like, parts * size);
+  const int64_t heads = shape.B * shape.H, workers = threads_for(4.0 * shape.H * shape.pairs * shape.D);
+  // Each of which packs its keys and values: whole heads where these are many.
+  const int64_t parts = workers == 1 ? 1 : heads >= kPartsOfWorker * workers ? heads : kPartsOfWorker * workers;
+  Tensor space = workspace(like, workers * size);
   float* base = space.mutable_data_ptr<float>();
   const auto kernel = forward_kernel<T>();
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
-    for (int64_t part = first; part < last; ++part)
-      kernel(shape, in.q, in.k, in.v, out, lse, base + part * size,
-             bound(shape, blocks, part, parts, cost), bound(shape, blocks, part + 1, parts, cost));
+  in_turn(parts, workers, [&](int64_t worker, int64_t part) {
+    kernel(shape, in.q, in.k, in.v, out, lse, base + worker * size, bound(shape, blocks, part, parts, cost),
+           bound(shape, blocks, part + 1, parts, cost));
   });
 }
 
@@ -270,10 +274,8 @@ void backward(const AttentionShape& shape, const BackwardInputs<T>& in, const Ba
   Tensor space = workspace(like, parts * size);
   float* base = space.mutable_data_ptr<float>();
   if (by_head) {
-    torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
-      for (int64_t part = first; part < last; ++part)
-        for (int64_t head = heads * part / parts; head < heads * (part + 1) / parts; ++head)
-          kernel(shape, in, out, base + part * size, head, {0, k_blocks}, {0, q_blocks});
+    in_turn(heads, parts, [&](int64_t worker, int64_t head) {
+      kernel(shape, in, out, base + worker * size, head, {0, k_blocks}, {0, q_blocks});
     });
     return;
   }

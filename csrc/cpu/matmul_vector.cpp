@@ -5,6 +5,7 @@
 // threads, the order of every sum does not.
 
 #include "cpu/matmul.h"
+#include "cpu/threads.h"
 
 #include <type_traits>
 
@@ -50,15 +51,15 @@ void multiply_by_vectors(VectorOperand<T> left, VectorOperand<T> right, int64_t 
   // As many blocks as a multiple of the threads, none larger than the cache allows, and about equally large.
   const int64_t threads = torch::stable::get_num_threads(), largest = std::max<int64_t>(1, kBlockFloats / (size * k_part));
   const int64_t rounds = (panels + largest * threads - 1) / (largest * threads), items = std::min(panels, rounds * threads);
-  const int64_t in_block = (panels + items - 1) / items, ways = std::min(threads, items);
+  const int64_t in_block = (panels + items - 1) / items, workers = std::min(threads, items);
 
   const int64_t of_shared = shared_panels * shared_size * k_part, of_block = in_block * size * k_part;
-  float* packed = workspace.floats(of_shared + ways * of_block + (waits ? out.rows * out.columns : 0));
+  float* packed = workspace.floats(of_shared + workers * of_block + (waits ? out.rows * out.columns : 0));
   float* own = packed + of_shared;
   if constexpr (in_place)
     out.sums = out.data, out.sums_stride = out.stride;
   else
-    out.sums = own + ways * of_block, out.sums_stride = out.columns;
+    out.sums = own + workers * of_block, out.sums_stride = out.columns;
   const bool begin_with_result = in_place && out.add;
   if (in_place) out.add = false;
   for (int64_t k = 0; k < K; k += k_part) {
@@ -68,14 +69,11 @@ void multiply_by_vectors(VectorOperand<T> left, VectorOperand<T> right, int64_t 
       const int64_t from = begin * shared_size, to = std::min(shared_count, end * shared_size);
       PYGPT_DISPATCH(vector_pack<T>)(shared.at(k, from), shared.strides, !left_is_block, to - from, here, packed + from * here);
     });
-    torch::stable::parallel_for(0, ways, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t way = begin; way < end; ++way)
-        for (int64_t item = items * way / ways; item < items * (way + 1) / ways; ++item) {
-          const int64_t from = panels * item / items * size, to = std::min(count, panels * (item + 1) / items * size);
-          float* block = own + way * of_block;
-          PYGPT_DISPATCH(vector_pack<T>)(blocks.at(k, from), blocks.strides, left_is_block, to - from, here, block);
-          PYGPT_DISPATCH(vector_block<T>)(out, left_is_block, block, from, to, packed, here);
-        }
+    in_turn(items, workers, [&](int64_t worker, int64_t item) {
+      const int64_t from = panels * item / items * size, to = std::min(count, panels * (item + 1) / items * size);
+      float* block = own + worker * of_block;
+      PYGPT_DISPATCH(vector_pack<T>)(blocks.at(k, from), blocks.strides, left_is_block, to - from, here, block);
+      PYGPT_DISPATCH(vector_block<T>)(out, left_is_block, block, from, to, packed, here);
     });
   }
 }
