@@ -444,6 +444,13 @@ def test_gradcheck_of_the_reference(T, dropout_p, documents):
     assert_close(out, explicit(q, k, v, None, keep, dropout_p, starts)[0])
 
 
+@pytest.mark.parametrize(("T", "S"), [(1, 1), (5, 5), (1, 5), (3, 5)])
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_the_reference_at_a_scale_that_is_not_positive(T, S, scale):
+    q, k, v = qkv(2, T, S, 2, 3)
+    assert_close(causal_attention_reference(q, k, v, scale), explicit(*map(double, (q, k, v)), scale)[0])
+
+
 @needs_extension
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("documents", [False, True])

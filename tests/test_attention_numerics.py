@@ -94,6 +94,19 @@ def test_nan_stays_where_it_belongs(capability, T):
     assert v.grad[0, :88, 1].isnan().any()
 
 
+@pytest.mark.parametrize("T", [2, 4])
+def test_nan_of_a_value_reaches_no_query_of_a_few_that_does_not_see_it(capability, T):
+    q, k, v = (t.detach() for t in qkv(2, T, 90, 2, 40))
+    start = torch.tensor([0, 70], dtype=torch.int32).view(2, 1).expand(2, T).contiguous()
+    clean = ops.causal_attention(q, k, v, document_start=start)
+    v[0, 90 - T + 1 :] = math.nan  # seen by all but the first
+    v[1, 69] = math.nan  # of another document
+    out = ops.causal_attention(q, k, v, document_start=start)
+    assert out[0, 1:].isnan().all()
+    assert torch.equal(out[0, 0], clean[0, 0])
+    assert torch.equal(out[1], clean[1])
+
+
 def test_scores_that_overflow_give_nan_not_a_hang(capability):
     q, k, v = (t.detach() for t in qkv(1, 70, 70, 1, 8, scale=1e25))
     assert ops.causal_attention(q, k, v).shape == q.shape

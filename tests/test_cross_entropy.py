@@ -77,6 +77,38 @@ def test_large_logits_do_not_overflow():
     assert torch.isfinite(weight.grad).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [16, 1000])
+def test_a_weight_that_lies_by_columns(monkeypatch, dtype, rows):
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", rows * 4 * 70)
+    hidden, columns = leaf(33, 24, dtype=dtype), leaf(24, 70, dtype=dtype, seed=1)
+    targets = torch.arange(33)
+    linear_cross_entropy(hidden, columns.t(), targets).backward()
+    reference = double(hidden), double(columns)
+    linear_cross_entropy_reference(reference[0], reference[1].t(), targets).backward()
+    assert_close(hidden.grad, reference[0].grad, dtype)
+    assert_close(columns.grad, reference[1].grad, dtype)
+
+
+def test_the_gradient_from_above_keeps_its_precision():
+    hidden, weight, targets = leaf(33, 24), leaf(70, 24, seed=1), torch.arange(33)
+    bf16 = [t.detach().bfloat16().requires_grad_() for t in (hidden, weight)]
+    loss = linear_cross_entropy(*bf16, targets)
+    third = torch.tensor(1 / 3)
+    whole, parts = (torch.autograd.grad(loss, bf16, g, retain_graph=True) for g in (torch.ones(()), third))
+    for of_whole, part in zip(whole, parts, strict=True):
+        assert torch.equal(part, (of_whole.double() * third.double()).float().bfloat16())
+        # What happens where the number lies on a GPU, which multiplies in the type of the result.
+        assert torch.equal(torch.mul(of_whole, third.reshape(1), out=torch.empty_like(of_whole)), part)
+    if backends.forced() != "cpp":  # which has no float16
+        half = [t.detach().half().requires_grad_() for t in (hidden, weight)]
+        scaled = torch.autograd.grad(65536 * linear_cross_entropy(*half, targets), half)  # as a GradScaler begins
+        wide = [double(t) for t in half]
+        plain = torch.autograd.grad(linear_cross_entropy_reference(*wide, targets), wide)
+        for got, expected in zip(scaled, plain, strict=True):
+            assert_close(got / 65536, expected, torch.float16, floor=0)
+
+
 def test_autocast_matches_bfloat16_inputs():
     hidden, weight = leaf(9, 16), leaf(30, 16, seed=1)
     targets = torch.arange(9)
@@ -101,6 +133,13 @@ def test_bad_input():
         linear_cross_entropy(hidden, weight, targets.float())
     with pytest.raises(TypeError, match="dtype"):
         linear_cross_entropy(hidden, weight.double(), targets)
+    with torch.no_grad(), pytest.raises(ValueError, match="targets is on meta"):
+        linear_cross_entropy(hidden, weight, targets.to("meta"))
+
+
+def test_tensors_without_data():
+    hidden, weight, targets = (t.to("meta") for t in (leaf(3, 4), leaf(5, 4), torch.tensor([0, 1, 2])))
+    assert linear_cross_entropy(hidden, weight, targets).device.type == "meta"
 
 
 def test_the_reference_and_the_kernel_agree_through_the_whole_op():

@@ -281,6 +281,7 @@ def test_errors():
         "neighbours": (x, norms, linears, [], k.mT, k.mT, 0, 1e-5, None),
         "3 C outputs": (x, norms, linears[1:2] * 4, [], k, k, 0, 1e-5, None),
     }
+    bad["x does not fit"] = (x, norms, linears, [], k, k, 2**63 - 1, 1e-5, None)
     for message, arguments in bad.items():
         with pytest.raises(RuntimeError, match=message):
             op(*arguments)

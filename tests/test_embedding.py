@@ -191,6 +191,16 @@ def test_unknown_token_in_the_operator(bad):
     assert not table.any()
 
 
+@needs_extension
+@pytest.mark.parametrize("offset", [-1, 4, 2**63 - 3, 2**63 - 1])
+def test_positions_outside_their_table_in_the_operator(offset):
+    idx, tables = torch.zeros(1, 3, dtype=torch.int64), (torch.zeros(5, 8), torch.zeros(6, 8))
+    with pytest.raises(RuntimeError, match=f"3 positions from {offset} on do not fit the position table of 6 rows"):
+        torch.ops.pygpt.embedding_forward(idx, *tables, offset)
+    with pytest.raises(RuntimeError, match="do not fit the position table"):
+        torch.ops.pygpt.embedding_backward_(torch.ones(1, 3, 8), idx, *tables, offset)
+
+
 @pytest.mark.parametrize("backend", ["eager", "cpp"])
 def test_bad_input(backend):
     if backend == "cpp" and backends.extension is None:

@@ -180,7 +180,8 @@ struct ForwardInputs {
   HeadView<const T> q, k, v;
 };
 
-constexpr int64_t kPartsOfWorker = 4;  // at least
+// Of the forward pass, for each thread.
+constexpr int64_t kLeastParts = 4, kMostParts = 16;
 
 template <class T>
 void forward(const AttentionShape& shape, const ForwardInputs<T>& in, T* out, float* lse, const Tensor& like) {
@@ -189,14 +190,17 @@ void forward(const AttentionShape& shape, const ForwardInputs<T>& in, T* out, fl
     return shape.end_key_block(block) - shape.first_key_block(head, block);
   };
   const int64_t heads = shape.B * shape.H, workers = threads_for(4.0 * shape.H * shape.pairs * shape.D);
-  // Each of which packs its keys and values: whole heads where these are many.
-  const int64_t parts = workers == 1 ? 1 : heads >= kPartsOfWorker * workers ? heads : kPartsOfWorker * workers;
+  // A part packs the keys and values that it needs: so whole heads, where there are enough of them.
+  const bool whole_heads = workers == 1 || heads >= kLeastParts * workers;
+  const int64_t parts = whole_heads ? std::min(heads, kMostParts * workers) : kLeastParts * workers;
   Tensor space = workspace(like, workers * size);
   float* base = space.mutable_data_ptr<float>();
   const auto kernel = forward_kernel<T>();
+  const auto begin = [&](int64_t part) {
+    return whole_heads ? heads * part / parts * blocks : bound(shape, blocks, part, parts, cost);
+  };
   in_turn(parts, workers, [&](int64_t worker, int64_t part) {
-    kernel(shape, in.q, in.k, in.v, out, lse, base + worker * size, bound(shape, blocks, part, parts, cost),
-           bound(shape, blocks, part + 1, parts, cost));
+    kernel(shape, in.q, in.k, in.v, out, lse, base + worker * size, begin(part), begin(part + 1));
   });
 }
 
@@ -213,7 +217,7 @@ void decode(const AttentionShape& shape, const ForwardInputs<T>& in, T* out, flo
   torch::stable::parallel_for(0, items, std::max<int64_t>(grain, 1), [&](int64_t first, int64_t last) {
     kernel(shape, in.q, in.k, in.v, base, first, last);
   });
-  PYGPT_DISPATCH_PRODUCTS(attention_decode_join<T>)(shape, base, out, lse, 0, heads);
+  PYGPT_DISPATCH_PRODUCTS(attention_decode_join<T>)(shape, base, out, lse);
 }
 
 // Fills out, of B x T x H x D elements, and returns lse (B, H, T). inputs(T{}): ForwardInputs<T>.

@@ -61,13 +61,17 @@ void attention_decode(const AttentionShape& shape, HeadView<const T> q, HeadView
       }
       softmax_rows<float>(shape, scores, queries_here, round_up(keys, kLanes), {largest, sums}, factor, head, 0, k0);
       for (int t = 0; t < queries_here; ++t) {
-        const float* p = scores + t * kBlock;
+        // Only values that the query sees: 0 times one that is no number is none either.
+        const int64_t from = larger(0, smaller(keys, shape.first_key(head, t) - k0));
+        const int64_t seen = larger(from, smaller(keys, shape.end_key(t) - k0)) - from;
+        const float* p = scores + t * kBlock + from;
+        const T* first_value = value + from * v.time;
         float* to = o + t * width;
         int64_t d = 0;
         for (; d + 4 * kLanes <= D; d += 4 * kLanes)
-          add_values<T, 4>(p, value + d, v.time, keys, factor[t], to + d, kLanes);
+          add_values<T, 4>(p, first_value + d, v.time, seen, factor[t], to + d, kLanes);
         for (; d < D; d += kLanes)
-          add_values<T, 1>(p, value + d, v.time, keys, factor[t], to + d, smaller(kLanes, D - d));
+          add_values<T, 1>(p, first_value + d, v.time, seen, factor[t], to + d, smaller(kLanes, D - d));
       }
     }
     for (int t = 0; t < queries_here; ++t) {
@@ -77,13 +81,12 @@ void attention_decode(const AttentionShape& shape, HeadView<const T> q, HeadView
   }
 }
 
-// Joins the chunks of heads first .. last in order, and writes out (B, T, H, D) and lse (B, H, T).
+// Joins the chunks of every head in order, and writes out (B, T, H, D) and lse (B, H, T).
 template <class T>
-void attention_decode_join(const AttentionShape& shape, const float* workspace, T* out, float* lse, int64_t first,
-                           int64_t last) {
+void attention_decode_join(const AttentionShape& shape, const float* workspace, T* out, float* lse) {
   const int64_t D = shape.D, width = shape.width(), chunks = shape.decode_chunks(), size = shape.decode_workspace();
   const float keep = shape.dropout.on ? shape.dropout.inverse_keep : 1.0f;
-  for (int64_t head = first; head < last; ++head)
+  for (int64_t head = 0; head < shape.B * shape.H; ++head)
     for (int64_t t = 0; t < shape.T; ++t) {
       const float* part = workspace + head * chunks * size;
       const float* largest = part + shape.T * width + t;  // of chunk c: largest[c * size]; the sum lies T behind it

@@ -120,8 +120,9 @@ def causal_attention_reference(
     T, S = q.shape[1], k.shape[1]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T or S, D)
     if dropout_p == 0.0:
-        if document_start is None and T in (S, 1):
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=T == S, scale=scale)
+        # Under its flag for causal, torch makes NaN of a scale that is not positive.
+        if document_start is None and (T == 1 or (T == S and (scale is None or scale > 0))):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, scale=scale)
         else:
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=_visible(T, S, q.device, document_start), scale=scale

@@ -219,7 +219,7 @@ def needs_reference() -> bool:
 def is_autocast(x: torch.Tensor) -> bool:
     """Whether autocast is on for the device of x."""
     # To ask a device for its type takes longer than the rest.
-    return torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
+    return not x.is_meta and torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
 
 
 def automatic_on_cpu(x: torch.Tensor, fewer_than: float = math.inf) -> bool:

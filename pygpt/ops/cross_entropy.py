@@ -71,7 +71,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
     ):
         try:
             logits = linear(hidden, weight)
-            if not torch.is_grad_enabled() and backends.choose("linear_cross_entropy", hidden) == "cpp":
+            own = not torch.is_grad_enabled() and targets.is_cpu
+            if own and backends.choose("linear_cross_entropy", hidden) == "cpp":
                 return torch.ops.pygpt.cross_entropy_.default(logits, targets, ignore_index, False)
             return F.cross_entropy(
                 logits if logits.itemsize > 2 else logits.float(), targets, ignore_index=ignore_index
@@ -154,7 +155,13 @@ def _rows_compiled(logits: Tensor, targets: Tensor, ignore_index: int, factor: T
 
 
 def _times(x: Tensor, factor: Tensor | None) -> Tensor:
-    return x if factor is None else x * factor.to(x.dtype)
+    """x times a number of a precision that the dtype of x need not have, rounded once."""
+    if factor is None:
+        return x
+    if x.is_cpu or factor.dtype == x.dtype:
+        return x * factor
+    # Of a GPU's number without dimensions `*` would take what x's dtype makes of it: in float16 of 65,536 infinity.
+    return torch.mul(x, factor.reshape(1), out=torch.empty_like(x))
 
 
 def _to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -200,7 +207,7 @@ def _loss_and_gradients(
         # Slices of the products, their operands and sums; twice, because what was freed leaves holes.
         row_bytes += 16 * min(V, SLICE_BYTES // (4 * max(C, 1))) + 32 * C
     chunks = _chunks(hidden.shape[0], row_bytes, hidden.is_cpu)
-    grad_weight = torch.empty_like(weight) if need_weight else None
+    grad_weight = weight.new_empty(weight.shape) if need_weight else None
     if grad_weight is not None and 0 in hidden.shape:
         grad_weight.zero_()
     if backend == "cpp" and len(chunks) == 1:
@@ -244,6 +251,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight, *_ = ctx.saved_tensors
         # The usual upstream gradient is exactly 1; looking is free on a CPU and would stop the stream on a GPU.
         if torch.compiler.is_compiling() or grad.device.type != "cpu" or grad.item() != 1.0:
-            grad_hidden = None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype)
-            grad_weight = None if grad_weight is None else grad_weight * grad.to(grad_weight.dtype)
+            grad_hidden = None if grad_hidden is None else _times(grad_hidden, grad)
+            grad_weight = None if grad_weight is None else _times(grad_weight, grad)
         return grad_hidden, grad_weight, None, None
