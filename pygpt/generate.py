@@ -20,6 +20,7 @@ import math
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -51,12 +52,15 @@ class Sampling:
     """Keep only the fewest likeliest tokens whose probabilities sum to at least p (Holtzman et al., 2020)."""
 
     def __post_init__(self) -> None:
+        for name in ("repetition_penalty", "temperature", "top_p"):
+            if not isinstance(value := getattr(self, name), Real | None):
+                raise InputError(f"{name} must be a number, got {value!r}")
         if not 0 < self.repetition_penalty < math.inf:
             raise InputError(f"repetition_penalty must be above 0 (1 changes nothing), got {self.repetition_penalty}")
         if not 0 <= self.temperature < math.inf:
             raise InputError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise InputError(f"top_k must be at least 1, got {self.top_k}")
+        if self.top_k is not None and (not isinstance(self.top_k, Integral) or self.top_k < 1):
+            raise InputError(f"top_k must be a whole number of at least 1, got {self.top_k!r}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be in (0, 1], got {self.top_p}")
 

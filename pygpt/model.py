@@ -14,6 +14,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, overload
 
@@ -69,12 +70,13 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or value < 1:
+                raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
         if self.n_embd % self.n_head:
             raise InputError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
-        if not 0.0 <= self.dropout < 1.0:
-            raise InputError(f"dropout must be in [0, 1), got {self.dropout}")
+        if not isinstance(self.dropout, Real) or not 0.0 <= self.dropout < 1.0:
+            raise InputError(f"dropout must be a number in [0, 1), got {self.dropout!r}")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> GPTConfig:
@@ -142,7 +144,12 @@ class Transformer(nn.Module):
             raise InputError(
                 f"document_start {tuple(document_start.shape)} must have the shape of the token ids {tuple(idx.shape)}"
             )
-        return torch.arange(past, past + idx.shape[1], device=idx.device) - document_start
+        positions = torch.arange(past, past + idx.shape[1], device=idx.device) - document_start
+        # The embedding would blame the tokens; not asked of a GPU, which would have to be waited for.
+        asked = idx.is_cpu and positions.numel() and not torch.compiler.is_compiling()
+        if asked and min(positions.min(), document_start.min()) < 0:
+            raise InputError("document_start: a token's document must begin at position 0 or later, and not after it")
+        return positions
 
 
 class GPT(nn.Module):
@@ -264,7 +271,8 @@ class GPT(nn.Module):
         if not 1 <= block_size <= self.config.block_size:
             raise InputError(f"cannot crop block_size {self.config.block_size} to {block_size}")
         self.config = replace(self.config, block_size=block_size)
-        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight.detach()[:block_size].clone())
+        old = self.transformer.wpe.weight
+        self.transformer.wpe.weight = nn.Parameter(old.detach()[:block_size].clone(), old.requires_grad)
         self.transformer.wpe.num_embeddings = block_size
 
     def flops_per_token(self) -> int:

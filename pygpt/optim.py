@@ -115,13 +115,20 @@ class AdamW(torch.optim.Optimizer):
         return parameter.detach().float() if residual is None else join(parameter, residual)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned. Unlike the base class, leaves the state in its dtypes for bfloat16 parameters."""
+        """Restore what `state_dict` returned, here or in torch's AdamW. Unlike the base class, keeps the state of bfloat16
+        parameters in float32. Raises InputError for a state of settings that are not implemented."""
+        for name in ("amsgrad", "maximize"):
+            if any(group.get(name) for group in state_dict["param_groups"]):
+                raise InputError(f"the saved optimizer was made with {name}=True, which AdamW of pygpt does not have")
         super().load_state_dict(state_dict)
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         ours = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, parameter in zip(saved, ours, strict=True):
             for name, value in state_dict["state"].get(index, {}).items():
-                self.state[parameter][name] = value.to(parameter.device)
+                tensor = torch.as_tensor(value, device=parameter.device)  # older torch kept steps as numbers
+                wide = name == "step" or parameter.dtype == torch.bfloat16
+                keep = tensor.dtype if tensor.dtype == torch.int16 else torch.float32 if wide else parameter.dtype
+                self.state[parameter][name] = tensor.to(keep)
 
 
 def build_optimizer(
@@ -142,31 +149,40 @@ def build_optimizer(
 
 
 @torch.no_grad()
-def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+def clip_grad_norm(parameters: Tensor | Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale all gradients in place so that their joint Euclidean norm is at most `max_norm`; 0 leaves them as they are.
 
-    Returns the norm before, a float32 scalar. As `torch.nn.utils.clip_grad_norm_`, but the norm of bfloat16 gradients
-    is computed in float32 (there it is rounded to bfloat16, tensor by tensor).
+    Returns the norm before, a float32 scalar (float64 for float64). As `torch.nn.utils.clip_grad_norm_`, but the norm of
+    bfloat16 gradients is computed in float32 (there it is rounded to bfloat16, tensor by tensor). Raises InputError for a
+    negative max_norm.
     """
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    grads = _gradients(parameters)
     norm = global_norm(grads)
-    if grads and max_norm > 0:
-        torch._foreach_mul_(grads, _factor(norm, max_norm))
+    factor = _factor(norm, max_norm)
+    if grads and factor is not None:
+        torch._foreach_mul_(grads, factor)
     return norm
 
 
 @torch.no_grad()
-def clip_factor(parameters: Iterable[Tensor], max_norm: float) -> tuple[Tensor, Tensor | None]:
+def clip_factor(parameters: Tensor | Iterable[Tensor], max_norm: float) -> tuple[Tensor, Tensor | None]:
     """(norm, grad_factor): what `clip_grad_norm` returns and would multiply by, for `AdamW.step` to do it on the way.
 
     grad_factor is None where max_norm is 0. The gradients are left as they are.
     """
-    norm = global_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    return norm, _factor(norm, max_norm) if max_norm > 0 else None
+    norm = global_norm(_gradients(parameters))
+    return norm, _factor(norm, max_norm)
 
 
-def _factor(norm: Tensor, max_norm: float) -> Tensor:
-    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+def _gradients(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    each = [parameters] if isinstance(parameters, Tensor) else parameters
+    return [parameter.grad for parameter in each if parameter.grad is not None]
+
+
+def _factor(norm: Tensor, max_norm: float) -> Tensor | None:
+    if not max_norm >= 0:
+        raise InputError(f"max_norm must be 0 (no clipping) or more, got {max_norm}")
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm else None
 
 
 def cosine_with_warmup(step: int, *, peak: float, minimum: float, warmup: int, total: int) -> float:

@@ -169,6 +169,7 @@ def read_config(folder: Path) -> GPTConfig:
         raise InputError(f"'{file}' lacks model_type; it is not a GPT-2 config.json")
     for name, only in IMPLEMENTED.items():
         value = raw.get(name, only)
+        value = "gelu_new" if value == "gelu_pytorch_tanh" else value  # another name of it
         same = math.isclose(value, only, rel_tol=1e-3) if type(value) is type(only) is float else value == only
         if not same:
             raise InputError(
@@ -193,12 +194,17 @@ def read_config(folder: Path) -> GPTConfig:
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    file = folder / "model.safetensors"
-    if file.is_file():
+    if (folder / "model.safetensors").is_file():
+        return _read_safetensors(folder / "model.safetensors")
+    index = folder / "model.safetensors.index.json"  # of a large model, which lies in several files
+    if index.is_file():
         try:
-            return load_file(file)
-        except SafetensorError as error:
-            raise InputError(f"'{file}' cannot be read ({error}); the file is truncated or damaged") from error
+            names = sorted({Path(file).name for file in json.loads(index.read_text("utf-8"))["weight_map"].values()})
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise InputError(f"'{index}' is damaged: it names no files of weights") from error
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            raise MissingFileError(f"'{folder}' lacks {', '.join(missing)}, which '{index.name}' names")
+        return {key: tensor for name in names for key, tensor in _read_safetensors(folder / name).items()}
     pickled = folder / "pytorch_model.bin"
     if pickled.is_file():
         try:
@@ -210,6 +216,13 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
             raise InputError(f"'{pickled}' holds something else than a model's weights")
         return state
     raise MissingFileError(f"'{folder}' has no model.safetensors: the model's weights are missing")
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise InputError(f"'{file}' cannot be read ({error}); the file is truncated or damaged") from error
 
 
 def _our_name(name: str) -> str:

@@ -345,6 +345,8 @@ def test_bad_input(model):
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"top_k": 0}, "top_k"),
+        ({"top_k": 2.5}, "top_k must be a whole number of at least 1, got 2.5"),
+        ({"temperature": "a"}, "temperature must be a number, got 'a'"),
         ({"top_p": 1.5}, "top_p"),
         ({"top_p": 0.0}, "top_p"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),

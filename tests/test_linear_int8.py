@@ -171,6 +171,18 @@ def test_model_generates_as_the_rounded_one_does():
     assert small.generate([[1, 2, 3], [4]], 3, temperature=0)[1][:1] == [4]
 
 
+def test_under_autocast():
+    small, exact = model().to_int8(), rounded(model())
+    idx = torch.randint(61, (2, 20))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        layer = small.transformer.h[0].attn.c_attn
+        x = torch.randn(3, layer.weight.shape[1])
+        assert layer(x).dtype == torch.bfloat16
+        assert_close(layer(x), x.double() @ layer.dequantized(torch.float64).T + layer.bias.double(), torch.bfloat16)
+        assert small.generate(idx[:, :3], 4).shape == (2, 7)
+        assert_close(small(idx)[0], exact(idx)[0].double(), torch.bfloat16)
+
+
 def test_what_eight_bits_cannot_do(tmp_path):
     with pytest.raises(InputError, match=r"8 bits.*save the one it was made from"):
         model().to_int8().save_pretrained(tmp_path)

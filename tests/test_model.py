@@ -124,6 +124,10 @@ def test_crop_block_size():
         model(torch.randint(50, (1, 9)))
     with pytest.raises(InputError, match="cannot crop"):
         model.crop_block_size(9)
+    assert model.transformer.wpe.weight.requires_grad
+    model.requires_grad_(False)
+    model.crop_block_size(4)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -157,6 +161,39 @@ def test_transformers_reads_our_files_and_we_read_theirs(tmp_path, bias):
     assert_close(GPT.from_pretrained(tmp_path / "bare")(idx)[0], theirs(idx).logits.double(), torch.float32)
 
 
+def test_a_checkpoint_in_several_files(tmp_path):
+    from transformers import GPT2LMHeadModel
+
+    model = tiny()
+    model.save_pretrained(tmp_path / "ours")
+    GPT2LMHeadModel.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "parts", max_shard_size="20KB")
+    parts = sorted((tmp_path / "parts").glob("model-*.safetensors"))
+    assert len(parts) > 1
+    again = GPT.from_pretrained(tmp_path / "parts")
+    for (name, a), b in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    content = parts[1].read_bytes()
+    parts[1].unlink()
+    with pytest.raises(MissingFileError, match=parts[1].name):
+        GPT.from_pretrained(tmp_path / "parts")
+    parts[1].write_bytes(content[:-5])
+    with pytest.raises(InputError, match=f"{parts[1].name}.*truncated or damaged"):
+        GPT.from_pretrained(tmp_path / "parts")
+    (tmp_path / "parts" / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(InputError, match=r"index\.json' is damaged"):
+        GPT.from_pretrained(tmp_path / "parts")
+
+
+def test_another_name_of_the_activation(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    assert '"gelu_new"' in config
+    (tmp_path / "config.json").write_text(config.replace("gelu_new", "gelu_pytorch_tanh"))
+    idx = torch.randint(50, (1, 8))
+    assert torch.equal(GPT.from_pretrained(tmp_path)(idx)[0], model(idx)[0])
+
+
 def test_loading_broken_folders(tmp_path):
     with pytest.raises(MissingFileError, match="no model folder"):
         GPT.from_pretrained(tmp_path / "nothing")
@@ -184,7 +221,7 @@ def test_loading_broken_folders(tmp_path):
     for change, message in [
         ({"n_head": "x"}, 'config.json. says n_head is "x", not a whole number'),
         ({"n_layer": 2.0}, "n_layer is 2.0"),
-        ({"n_head": 0}, "config.json': n_head must be at least 1"),
+        ({"n_head": 0}, "config.json': n_head must be a whole number of at least 1"),
         ({"resid_pdrop": "x"}, "resid_pdrop must be a number"),
     ]:
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
@@ -303,6 +340,9 @@ def test_bad_input():
         model(torch.zeros(4, dtype=torch.long))
     with pytest.raises(TypeError, match="int64"):
         model(torch.zeros(1, 4))
+    for start in ([[0, 1, 3, 3]], [[-1, 0, 0, 0]]):
+        with pytest.raises(ValueError, match="document_start: a token's document must begin"):
+            model(torch.zeros(1, 4, dtype=torch.long), document_start=torch.tensor(start, dtype=torch.int32))
     with pytest.raises(ValueError, match="target 50 at position 2"):
         model(torch.zeros(1, 4, dtype=torch.long), torch.tensor([[0, 1, 50, 2]]))
     for changes, message in [
@@ -310,6 +350,8 @@ def test_bad_input():
         ({"n_layer": 0}, "n_layer"),
         ({"dropout": 1.0}, "dropout"),
         ({"vocab_size": -1}, "vocab_size"),
+        ({"n_embd": 64.0}, "n_embd must be a whole number of at least 1, got 64.0"),
+        ({"dropout": {"dropout": 0.1}}, "dropout must be a number"),
     ]:
         with pytest.raises(ValueError, match=message):
             tiny(**changes)

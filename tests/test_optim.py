@@ -13,7 +13,7 @@ from torch import nn
 
 from pygpt import GPT, GPTConfig, peaks, use_backend
 from pygpt.errors import InputError, InputTypeError
-from pygpt.optim import AdamW, build_optimizer, clip_grad_norm, cosine_with_warmup
+from pygpt.optim import AdamW, build_optimizer, clip_factor, clip_grad_norm, cosine_with_warmup
 
 SHAPES = [(7, 5), (13,), (1,), (2, 3, 4), (0,), ()]
 OPTIONS = {"lr": 3e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -133,6 +133,30 @@ def test_weights_set_between_steps_are_kept(backend):
     assert x[0] > 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torchs_own_state_is_taken(dtype):
+    theirs, ours = make_parameters(dtype), make_parameters(dtype)
+    reference = torch.optim.AdamW(theirs, **OPTIONS)
+    run(reference, theirs, range(3))
+    state = copy.deepcopy(reference.state_dict())
+    for entry in state["state"].values():
+        entry["step"] = int(entry["step"])  # as older torch had it
+    with torch.no_grad():
+        for x, y in zip(ours, theirs, strict=True):
+            x.copy_(y)
+    optimizer = AdamW(ours, **OPTIONS)
+    optimizer.load_state_dict(state)
+    assert {t.dtype for s in optimizer.state.values() for t in s.values()} == {torch.float32}
+    run(reference, theirs, range(3, 4))
+    run(optimizer, ours, range(3, 4))
+    for x, y in zip(ours, theirs, strict=True):
+        assert_close(x, y, dtype)
+    for name in ("maximize", "amsgrad"):
+        made = torch.optim.AdamW(make_parameters(dtype), **{name: True})
+        with pytest.raises(InputError, match=f"{name}=True, which AdamW of pygpt does not have"):
+            optimizer.load_state_dict(made.state_dict())
+
+
 def test_state_of_before_masters_were_residuals_is_taken():
     straight, x = make_parameters(torch.bfloat16), make_parameters(torch.bfloat16)
     a, b = AdamW(straight, **OPTIONS), AdamW(x, **OPTIONS)
@@ -226,6 +250,21 @@ def test_clipping_is_torchs(max_norm):
     assert_close(norm, torch.nn.utils.clip_grad_norm_(reference, max_norm))
     for x, y in zip(ours, reference, strict=True):
         assert_close(x.grad, y.grad)
+
+
+def test_clipping_one_tensor_and_float64():
+    for dtype in (torch.float32, torch.float64):
+        x, y = (nn.Parameter(torch.ones(3, dtype=dtype)) for _ in range(2))
+        x.grad, y.grad = torch.full_like(x, 10), torch.full_like(y, 10)
+        norm, factor = clip_factor(x, 1.0)
+        assert torch.equal(norm, clip_grad_norm(x, 1.0))
+        assert_close(norm, torch.nn.utils.clip_grad_norm_(y, 1.0))
+        assert norm.dtype == dtype
+        assert_close(x.grad, y.grad)
+        assert_close(10 * factor, y.grad[0])
+    for function in (clip_grad_norm, clip_factor):
+        with pytest.raises(InputError, match=r"max_norm must be 0 \(no clipping\) or more, got -1"):
+            function([x], -1.0)
 
 
 def test_the_norm_of_bfloat16_gradients_is_a_float32_one():

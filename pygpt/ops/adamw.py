@@ -82,12 +82,13 @@ def adamw_(
 
 
 def global_norm(grads: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm of all gradients together, a float32 scalar: computed in float32 whatever their dtypes."""
+    """Euclidean norm of all gradients together, a float32 scalar: computed in float32, of float64 in float64."""
     if not grads:
         return torch.zeros(())
     if all(backends.choose("adamw", grad) == "cpp" and grad.dtype in _SERVED for grad in grads):
         return torch.ops.pygpt.grad_norm.default(list(grads))
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(grads), 2, dtype=torch.float32)))
+    dtype = torch.float64 if any(grad.dtype == torch.float64 for grad in grads) else torch.float32
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(grads), 2, dtype=dtype)))
 
 
 def _in_order(lists: list[list[Tensor]], kernel: Callable[..., None]) -> None:

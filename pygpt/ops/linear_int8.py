@@ -45,9 +45,13 @@ def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
 
     x: (..., K), float32 or bfloat16 for the kernel, any floating point elsewhere. weight: int8 (N, K), scale: float32 (N,),
     bias: (N,) of x's dtype, or None. Returns (..., N). From 16 rows on (64 or 24 where `linear` computes in float32), and where
-    gradients are wanted, the weights are converted to x's dtype and multiplied by the library. Raises InputError for shapes
-    and devices, InputTypeError for dtypes.
+    gradients are wanted, the weights are converted to x's dtype and multiplied by the library. Under
+    autocast x and bias are cast first. Raises InputError for shapes and devices, InputTypeError for dtypes.
     """
+    if backends.is_autocast(x):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        with torch.autocast(x.device.type, enabled=False):
+            return linear_int8(x.to(dtype), weight, scale, None if bias is None else bias.to(dtype))
     if x.dim() < 1 or weight.dim() != 2 or x.shape[-1] != weight.shape[1] or scale.shape != weight.shape[:1]:
         raise InputError(
             f"linear_int8: x {tuple(x.shape)}, weight {tuple(weight.shape)} and scale {tuple(scale.shape)} must be (..., K), "
