@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_training import (
     LINUX,
     SETTINGS,
@@ -29,8 +30,8 @@ from torch import Tensor
 
 from pygpt import GPT
 from pygpt.errors import InputError, MissingFileError
-from pygpt.train import resolve_checkpoint
-from pygpt.train.checkpoint import NotWrittenError, checkpoints, read_training
+from pygpt.train import Trainer, resolve_checkpoint
+from pygpt.train.checkpoint import NotWrittenError, checkpoints, read_training, save_best
 from pygpt.train.metrics import read_metrics
 from pygpt.train.trainer import check_run
 
@@ -120,6 +121,36 @@ def test_the_best_model_is_kept_apart(tmp_path):
     assert torch.equal(best.transformer.wte.weight, weights[2.0])
 
 
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize(("at", "checkpoint_every"), [(15, 5), (15, 10), (20, 5)])
+def test_a_crash_while_the_best_model_is_written_is_made_up_for_on_resuming(
+    tmp_path, monkeypatch, at, checkpoint_every, written
+):
+    """Before the new one is in its place, or right after; at a step with a checkpoint, without one, and at the last."""
+    config, run = replace(SETTINGS, checkpoint_every=checkpoint_every), tmp_path / "crashed"
+    best = Path("checkpoints", "best", "model.safetensors")
+
+    def trained(trainer: Trainer) -> None:
+        trainer.evaluate = lambda model: 1.0 if trainer.step == at else 2.0
+        trainer.train()
+
+    def crash(folder: Path, *arguments: Any) -> None:
+        if crashing.step < at or written:
+            save_best(folder, *arguments)
+        if crashing.step == at:
+            raise RuntimeError("power cut")
+
+    trained(make_trainer(tmp_path / "straight", config))
+    crashing = make_trainer(run, config)
+    with monkeypatch.context() as patch:
+        patch.setattr("pygpt.train.trainer.save_best", crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            trained(crashing)
+    trained(resumed(run, config))
+    assert rows(run) == rows(tmp_path / "straight")
+    assert (run / best).read_bytes() == (tmp_path / "straight" / best).read_bytes()
+
+
 def test_a_crash_between_the_renames_loses_no_best_model(tmp_path):
     make_trainer(tmp_path).train()
     folder = tmp_path / "checkpoints"
@@ -155,6 +186,28 @@ def test_damaged_and_missing_files_are_named(tmp_path, name):
         (file.parent / "training.json").write_text(content)
         with pytest.raises(InputError, match=r"training\.json' is damaged: it lacks"):
             read_training(file.parent)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("optimizer/transformer.wte.weight/exp_avg", torch.zeros(3), "its state for transformer.wte.weight does not"),
+        ("optimizer/transformer.wte.weight/exp_avg_sq", None, "its state for transformer.wte.weight does not"),
+        ("optimizer/transformer.wte.weight/step", torch.zeros(2), "its state for transformer.wte.weight does not"),
+        ("optimizer/transformer.wte.weight/step", torch.tensor(1), "its state for transformer.wte.weight does not"),
+        ("rng/cpu", torch.zeros(3, dtype=torch.uint8), "its random generator's state"),
+        ("rng/cpu", None, "its random generator's state"),
+    ],
+)
+def test_a_training_state_that_does_not_fit(tmp_path, name, value, message):
+    make_trainer(tmp_path, replace(SETTINGS, steps=1)).train()
+    file = checkpoints(tmp_path)[-1] / "training.safetensors"
+    tensors = load_file(file) | {name: value}
+    save_file({key: tensor for key, tensor in tensors.items() if tensor is not None}, file)
+    with pytest.raises(
+        InputError, match=rf"training\.safetensors' is damaged \({message}.* resume from the one before"
+    ):
+        resumed(tmp_path, replace(SETTINGS, steps=2))
 
 
 def test_what_resolves_to_a_checkpoint(tmp_path):

@@ -22,7 +22,14 @@ from pygpt.cli import main
 from pygpt.data.labelled import encode_text, pad
 from pygpt.errors import InputError, InputTypeError
 from pygpt.tokenizer import CharTokenizer
-from pygpt.train import ClassifyConfig, finetune_classify
+from pygpt.train import (
+    ClassifyConfig,
+    InstructConfig,
+    PretrainConfig,
+    finetune_classify,
+    finetune_instruct,
+    pretrain,
+)
 from pygpt.train.checkpoint import checkpoints
 from pygpt.train.classify import _cross_entropy, freeze, label_weights
 from pygpt.train.metrics import read_metrics
@@ -309,6 +316,44 @@ def test_a_resumed_run_ends_with_the_same_bits(base, options):
     assert (config.out / "checkpoints" / "best" / "model.safetensors").read_bytes() == best
     assert [row.get("val_loss", row.get("loss")) for row in read_metrics(config.out)] == rows
     assert resumed == results
+
+
+def test_a_final_test_that_was_cut_off_is_made_up_for_on_resuming(base, monkeypatch):
+    data = labelled(base.parent, {"spam": 30, "ham": 50})
+    config = settings(base, data, steps=20)
+    straight = finetuned(replace(config, out=base.parent / "straight"))[1]
+
+    def cut_off(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    def interrupted(config: ClassifyConfig) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Scores, "plot", cut_off)
+            with pytest.raises(KeyboardInterrupt):
+                finetuned(config)
+        assert not (config.out / "results.json").exists()
+
+    interrupted(config)
+    resume = replace(config, resume=True)
+    assert finetuned(resume)[1] == straight
+    with pytest.raises(InputError, match="already at step 20 of 20"):
+        finetuned(resume)
+    assert (config.out / "results.json").exists()
+    interrupted(replace(resume, steps=40))  # which leaves no results of the 20 steps behind either
+    assert finetuned(replace(resume, steps=40))[1]["best_step"] in (20, 40)
+
+
+def test_only_classification_starts_from_a_classifier(base):
+    data = labelled(base.parent, {"spam": 30, "ham": 50})
+    run = finetune_classify(settings(base, data, steps=1), Console(quiet=True))
+    for name in ("train", "val"):
+        np.zeros(100, np.uint16).tofile(base.parent / f"{name}.bin")
+    out = base.parent / "other"
+    with pytest.raises(InputError, match=r"is a classifier, .* start from a model that was not"):
+        pretrain(PretrainConfig(data=base.parent, init_from=run, out=out, device="cpu"), Console(quiet=True))
+    with pytest.raises(InputError, match=r"is a classifier, .* start from a model that was not"):
+        finetune_instruct(InstructConfig(data=data, init_from=run, out=out, device="cpu"), Console(quiet=True))
+    assert not out.exists()
 
 
 def test_a_run_that_cannot_go_on(base):

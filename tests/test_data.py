@@ -3,7 +3,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import pickle
 import random
 import subprocess
 import sys
@@ -426,7 +425,6 @@ def test_damaged_meta(prepared: Path) -> None:
 
 def test_data_of_nanogpt_without_meta_json(tmp_path: Path) -> None:
     np.arange(0, 60000, 7, dtype=np.uint16).tofile(tmp_path / "train.bin")
-    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 65}))  # nanoGPT's own; never read
     file = load_tokens(tmp_path)
     assert file.tokens.tolist() == list(range(0, 60000, 7))
     assert file.vocab_size is None
@@ -434,6 +432,16 @@ def test_data_of_nanogpt_without_meta_json(tmp_path: Path) -> None:
         (tmp_path / "train.bin").write_bytes(b"\0" * size)
         with pytest.raises(InputError, match=f"has {size} bytes, which is not a whole number of uint16"):
             load_tokens(tmp_path)
+
+
+def test_data_of_nanogpt_with_a_vocabulary_of_its_own(prepared: Path) -> None:
+    """As in data/shakespeare_char. A pickle may run anything when it is read: this one would."""
+    (prepared / "meta.pkl").write_bytes(b"cbuiltins\nexit\n(tR.")
+    assert load_tokens(prepared).vocab_size is not None  # written there by pygpt prepare: meta.json tells
+    (prepared / "meta.json").unlink()
+    for split in ("train", "val"):
+        with pytest.raises(InputError, match=r"meta\.pkl.* vocabulary of their own.* --tokenizer char --out DIR"):
+            load_tokens(prepared, split)
 
 
 def test_char_tokens_decode_to_the_windows_text(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 from pygpt import GPT, GPTConfig
 from pygpt.cli import main
 from pygpt.data.instructions import get_template, load_template
+from pygpt.errors import InputError
 from pygpt.pretrained import load_with_tokenizer
 from pygpt.tokenizer import TOKENIZER_FILE, CharTokenizer
 from pygpt.train.checkpoint import checkpoints
@@ -127,6 +128,25 @@ def test_resumed_equals_uninterrupted(tmp_path, settings):
     config.data.write_text(json.dumps([*ENTRIES, ENTRIES[0]]), encoding="utf-8")
     with pytest.raises(ValueError, match="the data are not those that"):
         finetune_instruct(replace(config, out=half, resume=True, steps=7), QUIET)
+
+
+def test_a_final_test_that_was_cut_off_is_made_up_for_on_resuming(tmp_path, monkeypatch):
+    config = make_config(tmp_path, ENTRIES)
+    straight = finetune_instruct(replace(config, out=tmp_path / "straight"), QUIET)
+
+    def cut_off(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pygpt.train.instruct.greedy_answers", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            finetune_instruct(replace(config, samples=0), QUIET)
+    resume = replace(config, resume=True)
+    run = finetune_instruct(resume, QUIET)
+    for name in ("results.json", "answers.jsonl"):
+        assert (run / name).read_text() == (straight / name).read_text()
+    with pytest.raises(InputError, match="already at step 6 of 6"):
+        finetune_instruct(resume, QUIET)
 
 
 def test_what_is_left_out_is_counted(tmp_path):

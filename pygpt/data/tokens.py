@@ -18,6 +18,7 @@ from pygpt.errors import InputError, MissingFileError
 
 META_FILE = "meta.json"
 META_VERSION = 1
+NANOGPT_META_FILE = "meta.pkl"
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
@@ -45,7 +46,8 @@ class TokenFile:
 def load_tokens(folder: str | Path, split: str = "train") -> TokenFile:
     """Opens `{split}.bin` in a folder that `pygpt prepare` wrote, or nanoGPT (no meta.json: uint16 is assumed).
 
-    Raises MissingFileError where there is no such file, InputError where it is not as long as it was when written.
+    Raises MissingFileError where there is no such file, InputError where it is not as long as it was when written, or
+    where nanoGPT's meta.pkl says that the tokens have a vocabulary of their own.
     """
     folder = Path(folder)
     path = folder / f"{split}.bin"
@@ -54,6 +56,11 @@ def load_tokens(folder: str | Path, split: str = "train") -> TokenFile:
         where = f"{folder} holds {present}" if folder.is_dir() else f"there is no folder {folder}"
         raise MissingFileError(f"No {split}.bin: {where}. Make one with: pygpt prepare --out {folder}")
     meta = _read_meta(folder / META_FILE)
+    if meta is None and (folder / NANOGPT_META_FILE).is_file():  # a pickle, which may run anything: it is not read
+        raise InputError(
+            f"{folder} holds nanoGPT's {NANOGPT_META_FILE}: its tokens have a vocabulary of their own, as characters do, "
+            f"which pygpt does not read. Prepare the text: pygpt prepare --inputs TEXT --tokenizer char --out DIR"
+        )
     dtype = DTYPES[meta["dtype"]] if meta else DTYPES["uint16"]
     size = path.stat().st_size
     if meta:

@@ -34,6 +34,7 @@ from pygpt.tokenizer import Tokenizer
 from pygpt.train.lora import has_lora, merged
 
 TEMPORARY, OLD = ".tmp-", ".old-"
+TRAINING_FILE = "training.safetensors"
 
 
 class NotWrittenError(PygptError):
@@ -76,7 +77,7 @@ def save_checkpoint(
     final = run / "checkpoints" / f"step_{step:08d}"
     with _written_as(final) as folder:
         _save_model(folder, model, beside)
-        save_file(_tensors(model, optimizer), folder / "training.safetensors")
+        save_file(_tensors(model, optimizer), folder / TRAINING_FILE)
         training = {"step": step, "settings": settings}
         (folder / "training.json").write_text(json.dumps(training, indent=2) + "\n", encoding="utf-8")
     for old in checkpoints(run)[:-keep]:
@@ -167,15 +168,27 @@ def load_checkpoint(folder: Path, model: GPT | Classifier, optimizer: torch.opti
         prefix = f"optimizer/{name}/"
         values = {key.removeprefix(prefix): state.pop(key) for key in list(state) if key.startswith(prefix)}
         if values:
+            if not _fits(values, p):
+                raise _damaged(folder, f"its state for {name} does not fit")
             optimizer.state[p] = {key: value.to(p.device) for key, value in values.items()}
         elif p.requires_grad:
-            raise InputError(
-                f"'{folder}': training.safetensors has no state for {name}; the run cannot be resumed from it"
-            )
-    torch.set_rng_state(state.pop("rng/cpu"))
-    if "rng/cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state.pop("rng/cuda"))
+            raise InputError(f"'{folder}': {TRAINING_FILE} has no state for {name}; the run cannot be resumed from it")
+    try:
+        torch.set_rng_state(state.pop("rng/cpu"))
+        if "rng/cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state.pop("rng/cuda"))
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise _damaged(folder, f"its random generator's state cannot be used, {error}") from error
     return read_training(folder)["step"]
+
+
+def _fits(values: dict[str, Tensor], parameter: Tensor) -> bool:
+    """Whether an optimizer's state is one of this parameter."""
+    return values.keys() >= {"step", "exp_avg", "exp_avg_sq"} and all(
+        value.shape == (() if key == "step" else parameter.shape)
+        and value.dtype == (torch.int16 if key == "residual" else torch.float32)
+        for key, value in values.items()
+    )
 
 
 def _load_unmerged(folder: Path, model: torch.nn.Module, state: dict[str, Tensor]) -> None:
@@ -207,15 +220,19 @@ def read_training(folder: Path) -> dict[str, Any]:
 
 
 def _read(folder: Path) -> dict[str, Tensor]:
-    file = folder / "training.safetensors"
+    file = folder / TRAINING_FILE
     if not file.is_file():
-        raise MissingFileError(f"'{folder}' has no training.safetensors; the run cannot be resumed from it")
+        raise MissingFileError(f"'{folder}' has no {TRAINING_FILE}; the run cannot be resumed from it")
     try:
         return load_file(file)
     except SafetensorError as error:
-        raise InputError(
-            f"'{file}' cannot be read ({error}); delete this checkpoint and resume from the one before"
-        ) from error
+        raise _damaged(folder, str(error)) from error
+
+
+def _damaged(folder: Path, reason: str) -> InputError:
+    return InputError(
+        f"'{folder / TRAINING_FILE}' is damaged ({reason}); delete this checkpoint and resume from the one before"
+    )
 
 
 def _tensors(model: GPT | Classifier, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

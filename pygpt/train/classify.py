@@ -27,7 +27,7 @@ from pygpt.model import GPT, PRESETS, GPTConfig
 from pygpt.pretrained import load_with_tokenizer, resolve_checkpoint
 from pygpt.tokenizer import Tokenizer, get_tokenizer
 from pygpt.train.lora import add_lora
-from pygpt.train.metrics import DATASET_FILE, check_same_data, read_metrics, write_json
+from pygpt.train.metrics import DATASET_FILE, RESULTS_FILE, check_same_data, read_metrics, write_json
 from pygpt.train.scores import Scores
 from pygpt.train.trainer import Batch, TrainConfig, Trainer, check_run, remove_run
 
@@ -178,8 +178,10 @@ def finetune_classify(config: ClassifyConfig, console: Console | None = None) ->
         model, sampler.batch, config, config.out, console=console, loss_fn=partial(_loss, weights=weights),
         evaluate=partial(_validate, part=parts["val"], weights=weights),
     )  # fmt: skip
+    results = config.out / RESULTS_FILE
     if latest is not None:
-        trainer.resume(latest)
+        trainer.resume(latest, tested=results.is_file())
+        results.unlink(missing_ok=True)  # of fewer steps: should the test be cut off, the file must not be there
     if config.overwrite:
         remove_run(config.out)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -192,7 +194,7 @@ def finetune_classify(config: ClassifyConfig, console: Console | None = None) ->
     trainer.train()
     if not trainer.stop_requested:
         _test(config.out, parts, report, trainer.device, console)
-        tell(f'results in {config.out / "results.json"}; to use the classifier: pygpt classify {config.out} "a text"')
+        tell(f'results in {results}; to use the classifier: pygpt classify {config.out} "a text"')
     return config.out
 
 
@@ -307,4 +309,4 @@ def _test(run: Path, parts: dict[str, Part], report: dict[str, Any], device: tor
     title = f"test, best checkpoint (step {results['best_step']})"
     console.print(scores.table(title))
     scores.plot(run / "confusion.png", title, console)
-    write_json(run / "results.json", results)
+    write_json(run / RESULTS_FILE, results)

@@ -37,10 +37,10 @@ from pygpt.data.samplers import IGNORED, _random_bits
 from pygpt.errors import InputError
 from pygpt.generate import Generation
 from pygpt.model import GPT
-from pygpt.pretrained import load_with_tokenizer, resolve_checkpoint
+from pygpt.pretrained import load_with_tokenizer, refuse_classifier, resolve_checkpoint
 from pygpt.tokenizer import Tokenizer
 from pygpt.train.lora import add_lora
-from pygpt.train.metrics import DATASET_FILE, check_same_data, write_json
+from pygpt.train.metrics import DATASET_FILE, RESULTS_FILE, check_same_data, write_json
 from pygpt.train.trainer import Batch, TrainConfig, Trainer, check_run, remove_run
 
 
@@ -162,6 +162,7 @@ def finetune_instruct(config: InstructConfig, console: Console | None = None) ->
     latest = check_run(config, config.out, config.resume, config.overwrite, CHANGEABLE)
     torch.manual_seed(config.seed)
     base = resolve_checkpoint(config.init_from)
+    refuse_classifier(base, "start from a model that was not finetuned to classify")
     model, tokenizer = load_with_tokenizer(latest or base, config.dropout)
     template = load_template(latest) if latest else get_template(config.template)
     parts, report = load_parts(config, model, tokenizer, template, tell)
@@ -182,8 +183,10 @@ def finetune_instruct(config: InstructConfig, console: Console | None = None) ->
         sample=partial(_sample, tokenizer=tokenizer, template=template, part=parts["val"], config=config)
         if config.samples else None,
     )  # fmt: skip
+    results = config.out / RESULTS_FILE
     if latest is not None:
-        trainer.resume(latest)
+        trainer.resume(latest, tested=results.is_file())
+        results.unlink(missing_ok=True)  # of fewer steps: should the test be cut off, the file must not be there
     if config.overwrite:
         remove_run(config.out)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -337,7 +340,7 @@ def _test(
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     count = sum(ended for _, ended in answers)
     test = {"loss_before": losses[0], "loss_after": losses[1], "answers": len(asked), "ended_with_end_of_text": count}
-    write_json(config.out / "results.json", {"test": test, **report})
+    write_json(config.out / RESULTS_FILE, {"test": test, **report})
     tell(
         f"held-out answers: loss {losses[0]:.4f} before, {losses[1]:.4f} after ({1 - losses[1] / losses[0]:.1%} less); "
         f"{count} of {len(asked)} greedy answers end with end-of-text"

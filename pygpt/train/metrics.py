@@ -15,6 +15,7 @@ from pygpt.errors import InputError
 
 FILE = "metrics.jsonl"
 DATASET_FILE = "dataset.json"  # what was counted while a run's data were read, and their sha256
+RESULTS_FILE = "results.json"  # of the test after finetuning, written last: with it the run is complete
 
 
 class Metrics:

@@ -20,6 +20,7 @@ from torch import Tensor
 from pygpt.data import PrepareConfig, RandomOffsets, SlidingWindows, TokenFile, load_tokens, prepare
 from pygpt.errors import InputError
 from pygpt.model import GPT, PRESETS, GPTConfig
+from pygpt.pretrained import refuse_classifier
 from pygpt.tokenizer import TOKENIZER_FILE, Tokenizer, encode_prompt, load_tokenizer
 from pygpt.train.checkpoint import check_vocabulary, checkpoints, resolve_checkpoint
 from pygpt.train.metrics import DATASET_FILE, check_same_data, write_json
@@ -214,6 +215,7 @@ def _model(config: PretrainConfig, latest: Path | None, tokenizer: Tokenizer | N
     source = latest or (resolve_checkpoint(config.init_from) if config.init_from else None)
     if source is None:
         return GPT(config.model_config(vocab_size))
+    refuse_classifier(source, "start from a model that was not finetuned to classify")
     model = GPT.from_pretrained(source, config.dropout if latest is None else None)
     check_vocabulary(source, model.config.vocab_size, tokenizer, vocab_size)
     if latest is None and config.block_size is not None:

@@ -39,6 +39,7 @@ from pygpt.train.checkpoint import (
     save_checkpoint,
 )
 from pygpt.train.metrics import (
+    RESULTS_FILE,
     Metrics,
     best_validation_loss,
     evaluations_since_best,
@@ -181,11 +182,12 @@ class Trainer:
         ] = []  # loss, gradient norm and tokens of steps since the last row
         self._since = 0.0
 
-    def resume(self, checkpoint: Path) -> None:
-        """Go on where `checkpoint` stood: its optimizer, random generators and step. The model must hold its weights."""
+    def resume(self, checkpoint: Path, *, tested: bool = True) -> None:
+        """Go on where `checkpoint` stood: its optimizer, random generators and step. The model must hold its weights.
+        Raises InputError where nothing is left to do; not tested: after the last step there still is."""
         self.step = load_checkpoint(checkpoint, self.model, self.optimizer)
         beyond = self.step - self.config.steps
-        if beyond > 0 or (beyond == 0 and not self._lacks_evaluation()):
+        if beyond > 0 or (beyond == 0 and tested and not self._lacks_evaluation()):
             raise InputError(
                 f"'{checkpoint}' is already at step {self.step} of {self.config.steps}; ask for more --steps"
             )
@@ -324,14 +326,14 @@ class Trainer:
         except _StopRequestedError:
             return False
         values = found if isinstance(found, dict) else {"val_loss": found}
-        is_best = values["val_loss"] < best_validation_loss(self.run)
+        # First: a resumed run evaluates again where a crash left no row, but takes a row for a model that was saved.
+        if self.step > 0 and values["val_loss"] < best_validation_loss(self.run):
+            save_best(self.run, self.model, self.beside)
         metrics.write(self.step, **values)
         figures = ", ".join(
             f"{name.removeprefix('val_').replace('_', ' ')} {value:.4f}" for name, value in values.items()
         )
         self.console.print(f"step {self.step}: validation {figures}")
-        if is_best and self.step > 0:
-            save_best(self.run, self.model, self.beside)
         return True
 
     def _out_of_patience(self) -> bool:
@@ -433,5 +435,5 @@ def remove_run(run: Path) -> None:
     for name in ("checkpoints", "tensorboard"):
         if (run / name).exists():
             shutil.rmtree(run / name)
-    for name in ("metrics.jsonl", "loss.png", "results.json", "confusion.png", "answers.jsonl"):
+    for name in ("metrics.jsonl", "loss.png", RESULTS_FILE, "confusion.png", "answers.jsonl"):
         (run / name).unlink(missing_ok=True)
