@@ -36,8 +36,8 @@ Tensor decode_blocks(Tensor x, Tensors norms, Tensors linears, Tensors scales, T
     for (int i = 0; i < 5; ++i) PYGPT_CHECK(cache->size(i) == k_cache.size(i), op, ": the caches must have one shape");
     PYGPT_CHECK(cache->stride(4) == 1 && cache->stride(3) == D, op, ": a token's heads must be neighbours in the caches");
   }
-  PYGPT_CHECK(H >= 1 && D >= 1 && D <= 256 && H * D == C && B <= k_cache.size(1) && past >= 0 && past <= k_cache.size(2) - T, op,
-              ": x does not fit into the caches");
+  PYGPT_CHECK(H >= 1 && D >= 1 && D <= 256 && H * D == C && B <= k_cache.size(1) && past >= 0 && past <= k_cache.size(2) - T,
+              op, ": x does not fit into the caches");
 
   const auto bias_of = [&](const Tensors& of, size_t i) {
     return lists == 2 ? std::optional<Tensor>(of[of.size() / 2 + i]) : std::nullopt;

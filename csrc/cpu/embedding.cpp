@@ -51,7 +51,8 @@ void check_table(const Tensor& table, ScalarType dtype, int64_t C, const char* w
 }
 
 void check_positions(int64_t offset, int64_t T, int64_t P) {
-  PYGPT_CHECK(offset >= 0 && offset <= P - T, "embedding: ", T, " positions from ", offset, " on do not fit the position table of ", P, " rows");
+  PYGPT_CHECK(offset >= 0 && offset <= P - T, "embedding: ", T, " positions from ", offset,
+              " on do not fit the position table of ", P, " rows");
 }
 
 template <class T>
