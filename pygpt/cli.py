@@ -163,7 +163,8 @@ def info(console: Console) -> None:
     console.print(table)
     console.print(
         f"On the CPU, layer_norm and add_layer_norm of fewer than {backends.SMALL:,} elements, in float32 "
-        f"{backends.SMALL_IN_FLOAT32:,}, linear_cross_entropy of fewer than {backends.SMALL:,} logits in training but for "
+        f"{backends.SMALL_IN_FLOAT32:,} (but for add_layer_norm without gradients), linear_cross_entropy of "
+        f"fewer than {backends.SMALL:,} logits in training but for "
         "bfloat16, and an embedding without positions, with gradients only if it is of fewer than "
         f"{backends.SMALL_IN_FLOAT32:,} elements of float32, are torch's own, whose calls cost less, "
         "unless a backend is forced; on GPUs layer_norm and add_layer_norm of fewer than "
