@@ -3,7 +3,7 @@
 // Generation multiplies one row, or a few, with every weight: the time is that of reading the weights once, so what counts is
 // that they stream in. A tile's rows of weight are far apart, each in a page of its own: processors fetch ahead within a page
 // only, and one stream at a time reaches two thirds of what eight do. A tile is multiplied with all rows of x while it is in
-// the first-level cache.
+// the cache, and each of these passes asks for its share of the next tile: so memory does not wait while there is much to compute.
 
 #include "cpu/pair.h"
 
@@ -69,31 +69,38 @@ PYGPT_INLINE vf sum_each(vf* v) {
   return v[0];
 }
 
+// The products of the n elements from k on of M rows of x and N of weight, every apart-th one, added to sum.
+template <int M, int N, class X, class W>
+PYGPT_INLINE void add_step(vf* sum, const X* x, const W* weight, int64_t k, int64_t n, int64_t K, int64_t apart) {
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+    const auto w = load_operand(weight + i * apart * K + k, n);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) sum[m * N + i] = add_products(sum[m * N + i], load_operand(x + m * K + k, n), w);
+  }
+}
+
+// What a tile asks of memory while it computes: the weights `ahead` elements further on, of rows first, first + every, ...
+struct Ahead {
+  int64_t ahead;
+  int first, every;
+};
+
 // y[m][n] = (x[m] . weight[n]) scale[n] + bias[n] for M rows of x and N of weight, every apart-th one, of K elements each; scale
-// and bias may be null, and y's rows are y_stride apart. Asks for the memory `ahead` elements further on than the weights.
+// and bias may be null, and y's rows are y_stride apart.
 template <int M, int N, class X, class W, class Y>
 PYGPT_INLINE void linear_tile(const X* x, const W* weight, const float* scale, const Y* bias, Y* y, int64_t K, int64_t apart,
-                              int64_t y_stride, int64_t ahead) {
-  constexpr int64_t kStep = kProductStep<W>;
-  constexpr int kVectors = (M * N + kLanes - 1) / kLanes;
-  vf sum[kVectors * kLanes] = {};
+                              int64_t y_stride, Ahead of) {
+  constexpr int64_t kStep = kProductStep<W>, kAsk = kLanes == 16 ? kStep : 32 / sizeof(W);
+  constexpr int kVectors = (M * N + kLanes - 1) / kLanes, kCache = kLanes == 16 ? 3 : 2;
+  vf sum[M * N] = {};
   int64_t k = 0;
   for (; k + kStep <= K; k += kStep) {
-#pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) {
-      const W* from = weight + i * apart * K + k;
-      if (ahead) __builtin_prefetch(from + ahead);
-      const auto w = load_operand(from, kStep);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) sum[m * N + i] = add_products(sum[m * N + i], load_operand(x + m * K + k, kStep), w);
-    }
+    if (k % kAsk == 0)
+      for (int i = of.first; i < N; i += of.every) __builtin_prefetch(weight + i * apart * K + k + of.ahead, 0, kCache);
+    add_step<M, N>(sum, x, weight, k, kStep, K, apart);
   }
-  if (k < K) {
-    for (int i = 0; i < N; ++i)
-      for (int m = 0; m < M; ++m)
-        sum[m * N + i] =
-            add_products(sum[m * N + i], load_operand(x + m * K + k, K - k), load_operand(weight + i * apart * K + k, K - k));
-  }
+  if (k < K) add_step<M, N>(sum, x, weight, k, K - k, K, apart);
   Y out[kVectors * kLanes];
   vf factor = splat(1.0f), shift = {};  // N divides kLanes
   if (scale)
@@ -101,7 +108,12 @@ PYGPT_INLINE void linear_tile(const X* x, const W* weight, const float* scale, c
   if (bias)
     for (int i = 0; i < kLanes; ++i) shift[i] = load(bias + i % N * apart, 1)[0];
 #pragma GCC unroll 8
-  for (int i = 0; i < kVectors; ++i) store(out + i * kLanes, sum_each(sum + i * kLanes) * factor + shift);
+  for (int i = 0; i < kVectors; ++i) {
+    vf some[kLanes];
+#pragma GCC unroll 16
+    for (int l = 0; l < kLanes; ++l) some[l] = i * kLanes + l < M * N ? sum[i * kLanes + l] : vf{};
+    store(out + i * kLanes, sum_each(some) * factor + shift);
+  }
   for (int m = 0; m < M; ++m)
     for (int i = 0; i < N; ++i) y[m * y_stride + i * apart] = out[m * N + i];
 }
@@ -111,27 +123,35 @@ PYGPT_INLINE const T* at(const T* p, int64_t n) {
   return p ? p + n : nullptr;
 }
 
-// All rows of x by N of weight.
+// All rows of x by N of weight, as many at a time as leave their sums in registers.
 template <int N, class X, class W, class Y>
 PYGPT_INLINE void linear_rows(const X* x, const W* weight, const float* scale, const Y* bias, Y* y, int64_t rows, int64_t K,
                               int64_t apart, int64_t y_stride) {
-  int64_t ahead = 1024 / sizeof(W);  // for the first rows of x; the others find the weights in the cache
-  for (; rows >= 8; rows -= 8, x += 8 * K, y += 8 * y_stride, ahead = 0) {
+  constexpr int64_t kNear = 1024 / sizeof(W);
+#if PYGPT_LANES == 16
+  constexpr int kNext = N;  // the first pass asks for all
+  Ahead of{kNear, 0, 1};
+  for (; rows >= 8; rows -= 8, x += 8 * K, y += 8 * y_stride, of.first += kNext) {
     constexpr int kPair = N % 2 == 0 ? 2 : 1;
     for (int64_t i = 0, n = 0; i < N; i += kPair, n += kPair * apart)
-      linear_tile<8, kPair>(x, weight + n * K, at(scale, n), at(bias, n), y + n, K, apart, y_stride, ahead);
+      linear_tile<8, kPair>(x, weight + n * K, at(scale, n), at(bias, n), y + n, K, apart, y_stride, of);
   }
   if (rows >= 4) {
-    constexpr int kMost = N < 4 ? N : 4;  // of a tile whose sums are to stay in registers
+    constexpr int kMost = N < 4 ? N : 4;
     for (int64_t i = 0, n = 0; i < N; i += kMost, n += kMost * apart)
-      linear_tile<4, kMost>(x, weight + n * K, at(scale, n), at(bias, n), y + n, K, apart, y_stride, ahead);
-    rows -= 4, x += 4 * K, y += 4 * y_stride, ahead = 0;
+      linear_tile<4, kMost>(x, weight + n * K, at(scale, n), at(bias, n), y + n, K, apart, y_stride, of);
+    rows -= 4, x += 4 * K, y += 4 * y_stride, of.first += kNext;
   }
-  if (rows >= 2) {
-    linear_tile<2, N>(x, weight, scale, bias, y, K, apart, y_stride, ahead);
-    rows -= 2, x += 2 * K, y += 2 * y_stride, ahead = 0;
-  }
-  if (rows) linear_tile<1, N>(x, weight, scale, bias, y, K, apart, y_stride, ahead);
+#else
+  constexpr int kNext = 1;
+  const int passes = (static_cast<int>(rows) + 2) / 3;
+  Ahead of{passes > 1 ? K : kNear, 0, passes};
+  for (; rows == 3 || rows > 4; rows -= 3, x += 3 * K, y += 3 * y_stride, of.first += kNext)
+    linear_tile<3, N>(x, weight, scale, bias, y, K, apart, y_stride, of);
+#endif
+  for (; rows >= 2; rows -= 2, x += 2 * K, y += 2 * y_stride, of.first += kNext)
+    linear_tile<2, N>(x, weight, scale, bias, y, K, apart, y_stride, of);
+  if (rows) linear_tile<1, N>(x, weight, scale, bias, y, K, apart, y_stride, of);
 }
 
 // x (rows, K), weight (columns, K), scale and bias (columns) or null -> y, `columns` wide, its rows y_stride apart. X and Y are
