@@ -12,7 +12,7 @@ from common import assert_close
 from rich.console import Console
 
 from pygpt import GPT, GPTConfig
-from pygpt.bench import BenchConfig, baseline, bench, model
+from pygpt.bench import BenchConfig, baseline, bench, command, model
 from pygpt.bench.command import _alone, cases, contestants, show
 from pygpt.bench.ops import OPS
 from pygpt.bench.report import TUNED, Row, read_json
@@ -160,6 +160,22 @@ def test_errors_of_the_command_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["bench", "--quick", "--out", str(tmp_path / "file" / "x")]) == 2
     assert "cannot be made" in capsys.readouterr().err
+
+
+def test_a_run_that_is_cut_short_leaves_what_it_measured(tmp_path, monkeypatch):
+    measure = command._together
+
+    def interrupted(case, *others):
+        if case.passes != "forward":
+            raise KeyboardInterrupt
+        return measure(case, *others)
+
+    monkeypatch.setattr(command, "_together", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench(BenchConfig(only=("gelu",), quick=True, seconds=0.01, threads=1, dtypes=("float32",), out=tmp_path))
+    found, _ = read_json(tmp_path / "bench.json")
+    assert {row.passes for row in found} == {"forward"}
+    assert all(row.ms for row in found)
 
 
 def test_without_matplotlib(tmp_path, monkeypatch):

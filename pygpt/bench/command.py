@@ -96,7 +96,8 @@ class BenchConfig:
 
 
 def bench(config: BenchConfig, console: Console | None = None) -> list[Row]:
-    """Measure, print a table, write OUT/bench.json and OUT/bench.png; returns the rows."""
+    """Measure, print a table, write OUT/bench.json (after each case, for a run that is cut short) and OUT/bench.png; returns
+    the rows."""
     console = console or Console()
     device = str(resolve_device(config.device))
     threads = config.threads or torch.get_num_threads()
@@ -107,6 +108,7 @@ def bench(config: BenchConfig, console: Console | None = None) -> list[Row]:
             f"the folder '{config.out}' cannot be made ({error.strerror}); choose another --out"
         ) from error
     rows: list[Row] = []
+    about = machine() | {"threads": threads, "commit": commit()}
     with contextlib.ExitStack() as stack, console.status("starting") as status:
         shared: dict[str, Worker] = {}
         for case, label in cases(config, device):
@@ -118,7 +120,8 @@ def bench(config: BenchConfig, console: Console | None = None) -> list[Row]:
             seconds = min(config.seconds, 0.3) if config.quick else config.seconds
             found = _alone(case, sides, threads, config.rounds) if alone else _together(case, sides, shared, seconds)
             rows += found.rows(case, label, sides)
-    show(rows, machine() | {"threads": threads, "commit": commit()}, config.out, console)
+            write_json(rows, about, config.out / "bench.json")
+    show(rows, about, config.out, console)
     return rows
 
 
