@@ -418,6 +418,19 @@ def test_prompts_that_cannot_be_used(run, fails):
     assert not Path("new/metrics.jsonl").exists()
 
 
+def test_models_that_memory_cannot_hold(run, fails):
+    """Before any of their tensors is made: Linux would end the process."""
+    Path("texts.tsv").write_text("ham\ta text\nspam\tanother\n" * 20)
+    for arguments, parameters in (
+        (["pretrain", "--data", "data"], "173,987M"),
+        (["finetune", "classify", "--data", "texts.tsv"], "174,604M"),
+    ):
+        message = fails(*arguments, "--out", "new", "--preset", "gpt3-175b", "--device", "cpu")
+        assert f"a model of {parameters} parameters needs 2," in message
+        assert "GiB of memory, and this machine has" in message
+    assert not Path("new").exists()
+
+
 def test_settings_are_refused_when_the_command_line_is_read(rejected):
     assert rejected("pretrain", "--steps", "-3") == "pygpt: steps must be at least 1, got -3"
     assert "unknown preset 'gpt9'" in rejected("pretrain", "--preset", "gpt9")

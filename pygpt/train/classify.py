@@ -29,7 +29,7 @@ from pygpt.tokenizer import Tokenizer, get_tokenizer
 from pygpt.train.lora import add_lora
 from pygpt.train.metrics import DATASET_FILE, RESULTS_FILE, check_same_data, read_metrics, write_json
 from pygpt.train.scores import Scores
-from pygpt.train.trainer import Batch, TrainConfig, Trainer, check_run, remove_run
+from pygpt.train.trainer import Batch, TrainConfig, Trainer, check_run, new_model, remove_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +203,8 @@ def _base(config: ClassifyConfig) -> tuple[GPT, Tokenizer]:
     if config.preset is not None:
         tokenizer = get_tokenizer(config.tokenizer)
         options = {} if config.dropout is None else {"dropout": config.dropout}
-        return GPT(GPTConfig.preset(config.preset, vocab_size=tokenizer.vocab_size, **options)), tokenizer
+        sizes = GPTConfig.preset(config.preset, vocab_size=tokenizer.vocab_size, **options)
+        return new_model(sizes, config.device), tokenizer
     assert config.init_from is not None
     gpt, found = load_with_tokenizer(resolve_checkpoint(config.init_from), config.dropout)
     return GPT(gpt.config) if config.random_weights else gpt, found

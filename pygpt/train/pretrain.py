@@ -24,7 +24,7 @@ from pygpt.pretrained import refuse_classifier
 from pygpt.tokenizer import TOKENIZER_FILE, Tokenizer, encode_prompt, load_tokenizer
 from pygpt.train.checkpoint import check_vocabulary, checkpoints, resolve_checkpoint
 from pygpt.train.metrics import DATASET_FILE, check_same_data, write_json
-from pygpt.train.trainer import TrainConfig, Trainer, check_run, remove_run
+from pygpt.train.trainer import TrainConfig, Trainer, check_run, new_model, remove_run
 from pygpt.word2vec import init_embeddings
 
 BLOCK, BLOCKS = 1 << 20, 64
@@ -214,7 +214,7 @@ def load_data(folder: Path, console: Console) -> tuple[TokenFile, TokenFile, Tok
 def _model(config: PretrainConfig, latest: Path | None, tokenizer: Tokenizer | None, vocab_size: int) -> GPT:
     source = latest or (resolve_checkpoint(config.init_from) if config.init_from else None)
     if source is None:
-        return GPT(config.model_config(vocab_size))
+        return new_model(config.model_config(vocab_size), config.device)
     refuse_classifier(source, "start from a model that was not finetuned to classify")
     model = GPT.from_pretrained(source, config.dropout if latest is None else None)
     check_vocabulary(source, model.config.vocab_size, tokenizer, vocab_size)

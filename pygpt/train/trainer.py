@@ -25,7 +25,7 @@ from torch import Tensor
 from pygpt.classifier import Classifier
 from pygpt.data.instructions import Template
 from pygpt.errors import InputError, MissingFileError, PygptError
-from pygpt.model import GPT
+from pygpt.model import GPT, GPTConfig
 from pygpt.optim import build_optimizer, clip_factor, cosine_with_warmup
 from pygpt.peaks import peak_flops
 from pygpt.tokenizer import Tokenizer
@@ -134,6 +134,22 @@ def resolve_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise InputError(f"device '{name}' cannot be used here: {reason}; try --device cpu") from error
     return device
+
+
+def new_model(config: GPTConfig, device: str) -> GPT:
+    """A model to train from random weights. Raises InputError where it would not fit into this machine's memory: Linux ends
+    such a process without a word."""
+    with torch.device("meta"):
+        parameters = GPT(config).get_num_params(non_embedding=False)
+    # On the CPU a gradient and two moments, or float32 masters, come to each weight; a GPU's memory has errors of its own.
+    needed = parameters * (16 if resolve_device(device).type == "cpu" else 4) / 2**30
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    if needed > memory:
+        raise InputError(
+            f"a model of {parameters / 1e6:,.0f}M parameters needs {needed:,.0f} GiB of memory, and this machine has "
+            f"{memory:,.0f}: choose a smaller --preset or smaller sizes"
+        )
+    return GPT(config)
 
 
 class Trainer:
