@@ -46,6 +46,7 @@ def test_a_small_run(tmp_path):
     assert ours["training", "step"].rate == pytest.approx(128 / (ours["training", "step"].ms / 1e3))
     found, about = read_json(tmp_path / "bench.json")
     assert found == rows
+    assert not (tmp_path / "bench.part.json").exists()
     assert about["threads"] == 1
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     text = console.export_text()
@@ -171,9 +172,11 @@ def test_a_run_that_is_cut_short_leaves_what_it_measured(tmp_path, monkeypatch):
         return measure(case, *others)
 
     monkeypatch.setattr(command, "_together", interrupted)
+    (tmp_path / "bench.json").write_text("of an earlier run")
     with pytest.raises(KeyboardInterrupt):
         bench(BenchConfig(only=("gelu",), quick=True, seconds=0.01, threads=1, dtypes=("float32",), out=tmp_path))
-    found, _ = read_json(tmp_path / "bench.json")
+    assert (tmp_path / "bench.json").read_text() == "of an earlier run"
+    found, _ = read_json(tmp_path / "bench.part.json")
     assert {row.passes for row in found} == {"forward"}
     assert all(row.ms for row in found)
 

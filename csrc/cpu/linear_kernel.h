@@ -3,7 +3,7 @@
 // Generation multiplies one row, or a few, with every weight: the time is that of reading the weights once, so what counts is
 // that they stream in. A tile's rows of weight are far apart, each in a page of its own: processors fetch ahead within a page
 // only, and one stream at a time reaches two thirds of what eight do. A tile is multiplied with all rows of x while it is in
-// the cache, and each of these passes asks for its share of the next tile: so memory does not wait while there is much to compute.
+// the cache.
 
 #include "cpu/pair.h"
 
@@ -80,24 +80,30 @@ PYGPT_INLINE void add_step(vf* sum, const X* x, const W* weight, int64_t k, int6
   }
 }
 
-// What a tile asks of memory while it computes: the weights `ahead` elements further on, of rows first, first + every, ...
-struct Ahead {
-  int64_t ahead;
-  int first, every;
+// What a tile asks memory for while it computes: weights `distance` elements further on, in its rows first, first + every, ...
+struct Ask {
+  int64_t distance, first, every;
 };
 
 // y[m][n] = (x[m] . weight[n]) scale[n] + bias[n] for M rows of x and N of weight, every apart-th one, of K elements each; scale
 // and bias may be null, and y's rows are y_stride apart.
 template <int M, int N, class X, class W, class Y>
 PYGPT_INLINE void linear_tile(const X* x, const W* weight, const float* scale, const Y* bias, Y* y, int64_t K, int64_t apart,
-                              int64_t y_stride, Ahead of) {
-  constexpr int64_t kStep = kProductStep<W>, kAsk = kLanes == 16 ? kStep : 32 / sizeof(W);
-  constexpr int kVectors = (M * N + kLanes - 1) / kLanes, kCache = kLanes == 16 ? 3 : 2;
+                              int64_t y_stride, Ask ask) {
+  constexpr int64_t kStep = kProductStep<W>;
+  constexpr int kVectors = (M * N + kLanes - 1) / kLanes;
   vf sum[M * N] = {};
   int64_t k = 0;
   for (; k + kStep <= K; k += kStep) {
-    if (k % kAsk == 0)
-      for (int i = of.first; i < N; i += of.every) __builtin_prefetch(weight + i * apart * K + k + of.ahead, 0, kCache);
+#if PYGPT_LANES == 16
+    if (ask.first == 0) {
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) __builtin_prefetch(weight + i * apart * K + k + ask.distance);
+    }
+#else  // Into the second-level cache: the first would not hold the next tile as well. Asking once a line is slower than twice.
+    if (k % (32 / sizeof(W)) == 0)
+      for (int64_t i = ask.first; i < N; i += ask.every) __builtin_prefetch(weight + i * apart * K + k + ask.distance, 0, 2);
+#endif
     add_step<M, N>(sum, x, weight, k, kStep, K, apart);
   }
   if (k < K) add_step<M, N>(sum, x, weight, k, K - k, K, apart);
@@ -129,29 +135,31 @@ PYGPT_INLINE void linear_rows(const X* x, const W* weight, const float* scale, c
                               int64_t apart, int64_t y_stride) {
   constexpr int64_t kNear = 1024 / sizeof(W);
 #if PYGPT_LANES == 16
-  constexpr int kNext = N;  // the first pass asks for all
-  Ahead of{kNear, 0, 1};
-  for (; rows >= 8; rows -= 8, x += 8 * K, y += 8 * y_stride, of.first += kNext) {
+  // The first pass asks for all, a little ahead.
+  Ask ask{kNear, 0, 1};
+  for (; rows >= 8; rows -= 8, x += 8 * K, y += 8 * y_stride, ++ask.first) {
     constexpr int kPair = N % 2 == 0 ? 2 : 1;
     for (int64_t i = 0, n = 0; i < N; i += kPair, n += kPair * apart)
-      linear_tile<8, kPair>(x, weight + n * K, at(scale, n), at(bias, n), y + n, K, apart, y_stride, of);
+      linear_tile<8, kPair>(x, weight + n * K, at(scale, n), at(bias, n), y + n, K, apart, y_stride, ask);
   }
   if (rows >= 4) {
     constexpr int kMost = N < 4 ? N : 4;
     for (int64_t i = 0, n = 0; i < N; i += kMost, n += kMost * apart)
-      linear_tile<4, kMost>(x, weight + n * K, at(scale, n), at(bias, n), y + n, K, apart, y_stride, of);
-    rows -= 4, x += 4 * K, y += 4 * y_stride, of.first += kNext;
+      linear_tile<4, kMost>(x, weight + n * K, at(scale, n), at(bias, n), y + n, K, apart, y_stride, ask);
+    rows -= 4, x += 4 * K, y += 4 * y_stride, ++ask.first;
   }
 #else
-  constexpr int kNext = 1;
-  const int passes = (static_cast<int>(rows) + 2) / 3;
-  Ahead of{passes > 1 ? K : kNear, 0, passes};
-  for (; rows == 3 || rows > 4; rows -= 3, x += 3 * K, y += 3 * y_stride, of.first += kNext)
-    linear_tile<3, N>(x, weight, scale, bias, y, K, apart, y_stride, of);
+  // Threes, and the last four, if there are, together: a sum in memory costs less than another pass. Each of several passes
+  // asks for its share of the next tile, so that memory is not idle in any.
+  const int64_t passes = larger(1, (rows + 1) / 3);
+  Ask ask{passes > 1 ? K : kNear, 0, passes};
+  for (; rows == 3 || rows > 4; rows -= 3, x += 3 * K, y += 3 * y_stride, ++ask.first)
+    linear_tile<3, N>(x, weight, scale, bias, y, K, apart, y_stride, ask);
+  if (rows == 4) return linear_tile<4, N>(x, weight, scale, bias, y, K, apart, y_stride, ask);
 #endif
-  for (; rows >= 2; rows -= 2, x += 2 * K, y += 2 * y_stride, of.first += kNext)
-    linear_tile<2, N>(x, weight, scale, bias, y, K, apart, y_stride, of);
-  if (rows) linear_tile<1, N>(x, weight, scale, bias, y, K, apart, y_stride, of);
+  for (; rows >= 2; rows -= 2, x += 2 * K, y += 2 * y_stride, ++ask.first)
+    linear_tile<2, N>(x, weight, scale, bias, y, K, apart, y_stride, ask);
+  if (rows) linear_tile<1, N>(x, weight, scale, bias, y, K, apart, y_stride, ask);
 }
 
 // x (rows, K), weight (columns, K), scale and bias (columns) or null -> y, `columns` wide, its rows y_stride apart. X and Y are
@@ -159,7 +167,7 @@ PYGPT_INLINE void linear_rows(const X* x, const W* weight, const float* scale, c
 template <class X, class W, class Y>
 void linear_few_rows(const X* x, const W* weight, const float* scale, const Y* bias, Y* y, int64_t rows, int64_t columns, int64_t K,
                      int64_t y_stride) {
-  constexpr int kStreams = kLanes == 16 ? 8 : 4;  // as many as leave registers for two rows of x
+  constexpr int kStreams = kLanes == 16 ? 8 : 4;  // as many as leave registers for two rows of x, 4 for three
   const int64_t apart = columns / kStreams;
   int64_t n = 0;
   for (; n < apart; ++n)

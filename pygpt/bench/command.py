@@ -96,8 +96,8 @@ class BenchConfig:
 
 
 def bench(config: BenchConfig, console: Console | None = None) -> list[Row]:
-    """Measure, print a table, write OUT/bench.json (after each case, for a run that is cut short) and OUT/bench.png; returns
-    the rows."""
+    """Measure, print a table, write OUT/bench.json and OUT/bench.png; returns the rows. OUT/bench.part.json is what a run that
+    is cut short has measured."""
     console = console or Console()
     device = str(resolve_device(config.device))
     threads = config.threads or torch.get_num_threads()
@@ -108,7 +108,7 @@ def bench(config: BenchConfig, console: Console | None = None) -> list[Row]:
             f"the folder '{config.out}' cannot be made ({error.strerror}); choose another --out"
         ) from error
     rows: list[Row] = []
-    about = machine() | {"threads": threads, "commit": commit()}
+    about, part = machine() | {"threads": threads, "commit": commit()}, config.out / "bench.part.json"
     with contextlib.ExitStack() as stack, console.status("starting") as status:
         shared: dict[str, Worker] = {}
         for case, label in cases(config, device):
@@ -120,8 +120,9 @@ def bench(config: BenchConfig, console: Console | None = None) -> list[Row]:
             seconds = min(config.seconds, 0.3) if config.quick else config.seconds
             found = _alone(case, sides, threads, config.rounds) if alone else _together(case, sides, shared, seconds)
             rows += found.rows(case, label, sides)
-            write_json(rows, about, config.out / "bench.json")
+            write_json(rows, about, part)
     show(rows, about, config.out, console)
+    part.unlink(missing_ok=True)
     return rows
 
 

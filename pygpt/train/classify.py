@@ -204,7 +204,7 @@ def _base(config: ClassifyConfig) -> tuple[GPT, Tokenizer]:
         tokenizer = get_tokenizer(config.tokenizer)
         options = {} if config.dropout is None else {"dropout": config.dropout}
         sizes = GPTConfig.preset(config.preset, vocab_size=tokenizer.vocab_size, **options)
-        return new_model(sizes, config.device), tokenizer
+        return new_model(sizes, config.device, config.train == "all"), tokenizer
     assert config.init_from is not None
     gpt, found = load_with_tokenizer(resolve_checkpoint(config.init_from), config.dropout)
     return GPT(gpt.config) if config.random_weights else gpt, found

@@ -136,20 +136,24 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def new_model(config: GPTConfig, device: str) -> GPT:
-    """A model to train from random weights. Raises InputError where it would not fit into this machine's memory: Linux ends
-    such a process without a word."""
+def new_model(config: GPTConfig, device: str, train_all: bool = True) -> GPT:
+    """A model of random weights to train on `device`. Raises InputError where this machine's memory cannot hold what they
+    alone need: Linux ends such a process without a word."""
     with torch.device("meta"):
         parameters = GPT(config).get_num_params(non_embedding=False)
-    # On the CPU a gradient and two moments, or float32 masters, come to each weight; a GPU's memory has errors of its own.
-    needed = parameters * (16 if resolve_device(device).type == "cpu" else 4) / 2**30
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    if needed > memory:
+    # Made in float32. On the CPU training adds a gradient and two moments, in bfloat16 14 bytes in all; a GPU has its own errors.
+    needed = parameters * (14 if train_all and resolve_device(device).type == "cpu" else 4)
+    if needed > (memory := _physical_memory()):
         raise InputError(
-            f"a model of {parameters / 1e6:,.0f}M parameters needs {needed:,.0f} GiB of memory, and this machine has "
-            f"{memory:,.0f}: choose a smaller --preset or smaller sizes"
+            f"a model of {parameters / 1e6:,.1f}M parameters needs {needed / 2**30:,.1f} GiB of memory or more, and this machine "
+            f"has {memory / 2**30:,.1f}: choose a smaller --preset"
         )
     return GPT(config)
+
+
+def _physical_memory() -> float:
+    """Bytes; infinity where the system does not say."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
 
 
 class Trainer:
