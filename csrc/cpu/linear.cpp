@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t kGrainBytes = 65536;  // of weights, that a thread takes at least
 constexpr int64_t kTilesFrom = 2;       // rows up to which vectors read weights faster than AMX tiles
+constexpr int64_t kMatrixFrom = 32;     // rows with which weights of 8 bits are packed, where products go by vectors
 
 const float* as_float(const float* p, int64_t, std::vector<float>&) { return p; }
 const float* as_float(const bf16* p, int64_t count, std::vector<float>& to) {
@@ -56,7 +57,13 @@ Tensor run(Tensor x, Tensor weight, const std::optional<Tensor>& scale, std::opt
     over_columns(in);
   } else {
     std::vector<float> converted;
-    over_columns(as_float(in, rows * K, converted));
+    if (rows >= kMatrixFrom && N && multiplies_by_vectors()) {
+      Workspace workspace(y);
+      const VectorOut<T> to{rows, N, out, N, b ? as_float(b, N, converted) : nullptr};
+      multiply_by_vectors<T, W>({in, {1, K}}, {w, {1, K}, s}, K, to, workspace);
+    } else {
+      over_columns(as_float(in, rows * K, converted));
+    }
   }
   return y;
 }

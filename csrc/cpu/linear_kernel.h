@@ -18,22 +18,6 @@ PYGPT_INLINE vf load_operand(const W* p, int64_t n) {
   return load_step(p, n);
 }
 
-PYGPT_INLINE vf load_operand(const int8_t* p, int64_t n) {
-#if PYGPT_LANES == 16
-  const __m128i bytes = n == kLanes ? _mm_loadu_si128((const __m128i*)p) : _mm_maskz_loadu_epi8(_bzhi_u32(0xffff, n), p);
-  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
-#else
-  typedef int8_t vb __attribute__((vector_size(kLanes)));
-  vb bytes = {};
-  n == kLanes ? std::memcpy(&bytes, p, kLanes) : std::memcpy(&bytes, p, n);
-#if PYGPT_LANES == 8
-  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((int64_t)bytes)));
-#else
-  return __builtin_convertvector(__builtin_convertvector(bytes, vi), vf);
-#endif
-#endif
-}
-
 // Pairs of bf16, the first in a lane's low half.
 template <>
 constexpr int64_t kProductStep<bf16> = 2 * kLanes;

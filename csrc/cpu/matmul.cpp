@@ -35,7 +35,7 @@ void multiply_by_vectors(Tensor& a, Tensor& b, const float* bias, bool add, Tens
   VectorOut<T> to{out.size(0), out.size(1), static_cast<T*>(out.mutable_data_ptr()), out.stride(0), bias, add};
   const MatmulStrides left = strides_of(a, 0), right = strides_of(b, 1);
   Workspace workspace(out);
-  multiply_by_vectors<T>({data<T>(a), left}, {data<T>(b), right}, a.size(1), to, workspace);
+  multiply_by_vectors<T, T>({data<T>(a), left}, {data<T>(b), right}, a.size(1), to, workspace);
 }
 
 void run(Tensor a, Tensor b, std::optional<Tensor> bias, bool add, Tensor& out) {

@@ -106,13 +106,16 @@ struct MatmulTile {
   int64_t rows, columns;
 };
 
-// Of the strides of its elements one is 1.
+// Of the strides of its elements one is 1; of int8 that along the summed dimension, and each column has a scale.
 template <class T>
 struct VectorOperand {
-  const T* at(int64_t k, int64_t free) const { return data + k * strides.k + free * strides.free; }
+  VectorOperand from(int64_t k, int64_t free) const {
+    return {data + k * strides.k + free * strides.free, strides, scale ? scale + free : nullptr};
+  }
 
   const T* data;
   MatmulStrides strides;
+  const float* scale = nullptr;
 };
 
 // The result, `stride` elements from row to row. Sums that are not complete wait in `sums`, which may be the result itself.
@@ -128,8 +131,8 @@ struct VectorOut {
   bool first = true, last = true;  // whether no sums wait, and whether none are to wait
 };
 
-// left (rows x K) times right (K x columns), in float32 whatever T is; float or bf16.
-template <class T>
-void multiply_by_vectors(VectorOperand<T> left, VectorOperand<T> right, int64_t K, VectorOut<T> out, Workspace& workspace);
+// left (rows x K) times right (K x columns), in float32 whatever they are. T: float or bf16; W: T or, scaled, int8_t.
+template <class T, class W>
+void multiply_by_vectors(VectorOperand<T> left, VectorOperand<W> right, int64_t K, VectorOut<T> out, Workspace& workspace);
 
 }  // namespace pygpt

@@ -21,29 +21,26 @@ constexpr int64_t kMaxSums = 2 << 20;       // that wait in float32 beside a res
 
 }  // namespace
 
-template <class T>
-void multiply_by_vectors(VectorOperand<T> left, VectorOperand<T> right, int64_t K, VectorOut<T> out, Workspace& workspace) {
+template <class T, class W>
+void multiply_by_vectors(VectorOperand<T> left, VectorOperand<W> right, int64_t K, VectorOut<T> out, Workspace& workspace) {
   constexpr bool in_place = std::is_same_v<T, float>;  // where sums wait
   const int64_t parts = (K + kMaxK - 1) / kMaxK, k_part = (K + parts - 1) / parts;
   const bool waits = !in_place && parts > 1;
   if (waits && out.rows * out.columns > kMaxSums) {  // one half of the result after the other
     VectorOut<T> second = out;
-    VectorOperand<T> second_left = left, second_right = right;
     if (out.rows >= out.columns) {
       out.rows /= 2, second.rows -= out.rows, second.data += out.rows * out.stride;
-      second_left.data = left.at(0, out.rows);
-    } else {
-      out.columns /= 2, second.columns -= out.columns, second.data += out.columns;
-      second_right.data = right.at(0, out.columns);
-      if (out.bias) second.bias += out.columns;
+      multiply_by_vectors(left, right, K, out, workspace);
+      return multiply_by_vectors(left.from(0, out.rows), right, K, second, workspace);
     }
+    out.columns /= 2, second.columns -= out.columns, second.data += out.columns;
+    if (out.bias) second.bias += out.columns;
     multiply_by_vectors(left, right, K, out, workspace);
-    return multiply_by_vectors(second_left, second_right, K, second, workspace);
+    return multiply_by_vectors(left, right.from(0, out.columns), K, second, workspace);
   }
 
   // The smaller operand is shared.
   const bool left_is_block = out.rows >= out.columns;
-  const VectorOperand<T> &blocks = left_is_block ? left : right, &shared = left_is_block ? right : left;
   const int64_t count = left_is_block ? out.rows : out.columns, shared_count = left_is_block ? out.columns : out.rows;
   const MatmulTile tile = PYGPT_DISPATCH(vector_tile)();
   const int64_t size = left_is_block ? tile.rows : tile.columns, shared_size = left_is_block ? tile.columns : tile.rows;
@@ -60,6 +57,12 @@ void multiply_by_vectors(VectorOperand<T> left, VectorOperand<T> right, int64_t 
     out.sums = out.data, out.sums_stride = out.stride;
   else
     out.sums = own + workers * of_block, out.sums_stride = out.columns;
+  const auto pack = [&](bool of_left, int64_t k, int64_t from, int64_t to, int64_t here, float* at) {
+    if (of_left)
+      PYGPT_DISPATCH(vector_pack<T>)(left.from(k, from), true, to - from, here, at);
+    else
+      PYGPT_DISPATCH(vector_pack<W>)(right.from(k, from), false, to - from, here, at);
+  };
   const bool begin_with_result = in_place && out.add;
   if (in_place) out.add = false;
   for (int64_t k = 0; k < K; k += k_part) {
@@ -67,12 +70,12 @@ void multiply_by_vectors(VectorOperand<T> left, VectorOperand<T> right, int64_t 
     out.first = k == 0 && !begin_with_result, out.last = k + here == K;
     torch::stable::parallel_for(0, shared_panels, 1, [&](int64_t begin, int64_t end) {
       const int64_t from = begin * shared_size, to = std::min(shared_count, end * shared_size);
-      PYGPT_DISPATCH(vector_pack<T>)(shared.at(k, from), shared.strides, !left_is_block, to - from, here, packed + from * here);
+      pack(!left_is_block, k, from, to, here, packed + from * here);
     });
     in_turn(items, workers, [&](int64_t worker, int64_t item) {
       const int64_t from = panels * item / items * size, to = std::min(count, panels * (item + 1) / items * size);
       float* block = own + worker * of_block;
-      PYGPT_DISPATCH(vector_pack<T>)(blocks.at(k, from), blocks.strides, left_is_block, to - from, here, block);
+      pack(left_is_block, k, from, to, here, block);
       PYGPT_DISPATCH(vector_block<T>)(out, left_is_block, block, from, to, packed, here);
     });
   }
@@ -80,5 +83,7 @@ void multiply_by_vectors(VectorOperand<T> left, VectorOperand<T> right, int64_t 
 
 template void multiply_by_vectors(VectorOperand<float>, VectorOperand<float>, int64_t, VectorOut<float>, Workspace&);
 template void multiply_by_vectors(VectorOperand<bf16>, VectorOperand<bf16>, int64_t, VectorOut<bf16>, Workspace&);
+template void multiply_by_vectors(VectorOperand<float>, VectorOperand<int8_t>, int64_t, VectorOut<float>, Workspace&);
+template void multiply_by_vectors(VectorOperand<bf16>, VectorOperand<int8_t>, int64_t, VectorOut<bf16>, Workspace&);
 
 }  // namespace pygpt

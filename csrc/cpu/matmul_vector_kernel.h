@@ -16,15 +16,17 @@ static MatmulTile vector_tile() { return {kTileRows, kTileColumns}; }
 
 // A panel of P rows (columns), of which there are `count`, whose elements along the summed dimension are neighbours.
 template <int P, class T>
-static void pack_panel_along(const T* from, int64_t stride, int64_t count, int64_t k, float* to) {
+static void pack_panel_along(const VectorOperand<T>& from, int64_t count, int64_t k, float* to) {
   static_assert(P <= kLanes || P % kLanes == 0);
   for (int64_t i = 0; i < k; i += kLanes)
     for (int64_t g = 0; g < P; g += kLanes) {
       const int64_t n = smaller(kLanes, k - i), width = smaller(kLanes, P - g);
       vf square[kLanes];
 #pragma GCC unroll 16
-      for (int64_t r = 0; r < kLanes; ++r)
-        square[r] = r < width && g + r < count ? load_step(from + (g + r) * stride + i, n) : vf{};
+      for (int64_t r = 0; r < kLanes; ++r) {
+        square[r] = r < width && g + r < count ? load_step(from.data + (g + r) * from.strides.free + i, n) : vf{};
+        if constexpr (std::is_same_v<T, int8_t>) square[r] *= g + r < count ? from.scale[g + r] : 0.0f;
+      }
       transpose<kLanes / 2>(square);
       float* at = to + i * P + g;
       if (i + kLanes < k) {  // what a store writes beyond its row the next one writes again
@@ -52,20 +54,20 @@ PYGPT_INLINE void pack_panel_across(const T* from, int64_t stride, int64_t count
 }
 
 template <int P, class T>
-static void pack_panels(const T* from, MatmulStrides strides, int64_t count, int64_t k, float* to) {
-  if (strides.k == 1) {
-    for (int64_t c = 0; c < count; c += P) pack_panel_along<P>(from + c * strides.free, strides.free, count - c, k, to + c * k);
+static void pack_panels(const VectorOperand<T>& from, int64_t count, int64_t k, float* to) {
+  if (from.strides.k == 1) {
+    for (int64_t c = 0; c < count; c += P) pack_panel_along<P>(from.from(0, c), count - c, k, to + c * k);
   } else {
     for (int64_t i = 0; i < k; i += kPackedRows)
       for (int64_t c = 0; c < count; c += P)
-        pack_panel_across<P>(from + c, strides.k, count - c, i, smaller(i + kPackedRows, k), k, to + c * k);
+        pack_panel_across<P>(from.data + c, from.strides.k, count - c, i, smaller(i + kPackedRows, k), k, to + c * k);
   }
 }
 
 // `count` rows of a left operand, or columns of a right one, as panels of k elements of the summed dimension.
 template <class T>
-static void vector_pack(const T* from, MatmulStrides strides, bool left, int64_t count, int64_t k, float* to) {
-  (left ? pack_panels<kTileRows, T> : pack_panels<kTileColumns, T>)(from, strides, count, k, to);
+static void vector_pack(const VectorOperand<T>& from, bool left, int64_t count, int64_t k, float* to) {
+  (left ? pack_panels<kTileRows, T> : pack_panels<kTileColumns, T>)(from, count, k, to);
 }
 
 // to (rows x columns, the register block or the part of it that lies in the matrix) = from + the product of two panels of k

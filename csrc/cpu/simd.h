@@ -9,6 +9,7 @@ typedef float vf __attribute__((vector_size(4 * PYGPT_LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * PYGPT_LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * PYGPT_LANES)));
 typedef uint16_t vh __attribute__((vector_size(2 * PYGPT_LANES)));
+typedef int8_t vb __attribute__((vector_size(PYGPT_LANES)));
 
 #define PYGPT_INLINE static inline __attribute__((always_inline, unused))
 
@@ -51,6 +52,18 @@ PYGPT_INLINE void store_upper(void* p, vu v) {
 
 PYGPT_INLINE vf load(const bf16* p) { return (vf)load_upper(p); }
 
+PYGPT_INLINE vf load(const int8_t* p) {
+#if PYGPT_LANES == 16
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif PYGPT_LANES == 8
+  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  vb b;
+  std::memcpy(&b, p, sizeof b);
+  return __builtin_convertvector(__builtin_convertvector(b, vi), vf);
+#endif
+}
+
 PYGPT_INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 
 // Rounded to bf16, in the upper halves of the lanes: to nearest, ties to even; NaN stays NaN. The lower halves are noise.
@@ -78,6 +91,9 @@ PYGPT_INLINE void store_upper(void* p, vu v, int64_t n) {
   _mm256_mask_storeu_epi16(p, _bzhi_u32(0xffff, n), _mm512_cvtepi32_epi16((__m512i)(v >> 16)));
 }
 PYGPT_INLINE vf load(const bf16* p, int64_t n) { return (vf)load_upper(p, n); }
+PYGPT_INLINE vf load(const int8_t* p, int64_t n) {
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(_bzhi_u32(0xffff, n), p)));
+}
 PYGPT_INLINE void store(float* p, vf v, int64_t n) { _mm512_mask_storeu_ps(p, _bzhi_u32(0xffff, n), (__m512)v); }
 PYGPT_INLINE void store(bf16* p, vf v, int64_t n) {
   bf16 rounded[kLanes];

@@ -7,7 +7,7 @@ there these products go through oneDNN. In bfloat16 F.linear goes through oneDNN
 the result first; so do the larger of these products here, with the bias added on the way. On processors with AMX the larger
 products of bfloat16 are a kernel of ours, as fast as the library where that is at its best and half as fast again where it
 has to turn its operands round: gradients of weights. With AVX2 alone, where oneDNN and MKL each lose a third or more in some of
-the layouts, all larger products are another kernel of ours. With AVX-512 but without instructions for bfloat16 all of its
+the layouts, all larger products are another kernel of ours, and up to 47 rows count as few. With AVX-512 but without instructions for bfloat16 all of its
 products are computed in float32, which with the conversions takes a half to a tenth of the time. Everywhere else this is
 `F.linear`; only logits of few rows in float32, those of `matmul_nt`, go through oneDNN everywhere (bench/LOG.md has the figures).
 """
@@ -30,8 +30,10 @@ MANY_LOGITS, LOGITS_PER_ROW, MIN_WIDTH = 4096, 32, 384
 # Multiplications of a product below which a function of our own does not win back what it costs: where it is twice as fast
 # as F.linear or more, and where it is a little faster.
 SMALL_PRODUCT, SMALL_PRODUCT_OF_A_PEER = 3 << 19, 1 << 28
+LARGE_WEIGHT = 1 << 19  # elements of a weight with which F.linear, in float32 with AVX2, is not fast whatever the rows
 MAX_ROWS_OF_TILES, TILE_STEP = 32, 32  # of the kernel for few rows by AMX tiles, which sums in steps
 MIN_ROWS = 16  # of a product for a library; what has fewer is a matter of memory bandwidth
+MIN_ROWS_OF_VECTORS = 48  # of one for our kernel for AVX2, where the one for few rows can take them
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 ONEDNN_BESIDE_MKL = ONEDNN and torch.backends.mkl.is_available()
@@ -45,8 +47,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias, as `F.linear`: x (..., K), weight (N, K), bias (N,) or None -> (..., N). Its errors too.
 
     On the CPU a product of fewer than 1.5 million multiplications is F.linear itself, unless a backend is forced; where
-    F.linear itself is fast, in bfloat16 with instructions for it and in float32 with AVX2 alone, one of fewer than 268
-    million."""
+    F.linear itself is fast, one of fewer than 268 million: in bfloat16 with instructions for it, and in float32 with AVX2
+    alone and a weight of fewer than 524,288 elements."""
     if _is_small(x, weight, bias):
         return F.linear(x, weight, bias)
     if (
@@ -79,7 +81,7 @@ def _is_small(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if not backends.automatic_on_cpu(x) or x.dim() < 2 or weight.dim() != 2:
         return False
     product = x.numel() * weight.shape[0]
-    if product >= SMALL_PRODUCT and (product >= SMALL_PRODUCT_OF_A_PEER or not _has_fast_peer(x)):
+    if product >= SMALL_PRODUCT and (product >= SMALL_PRODUCT_OF_A_PEER or not _has_fast_peer(x, weight)):
         return False
     # Rows beyond what the kernel for few takes at any level: so it need not be asked.
     return x.numel() >= MIN_ROWS_IN_FLOAT32 * x.shape[-1] or not _takes_few_rows(x, weight, bias)
@@ -96,9 +98,11 @@ def _takes_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return has_few_rows(x) and weight.is_contiguous() and not _wants_grad(x, weight, bias)
 
 
-def _has_fast_peer(x: Tensor) -> bool:
+def _has_fast_peer(x: Tensor, weight: Tensor) -> bool:
     """Whether F.linear is nearly as fast as what else multiplies x."""
-    return has_vectors(x) if x.dtype == torch.float32 else not (has_vectors(x) or in_float32(x))
+    if x.dtype == torch.float32:
+        return has_vectors(x) and weight.numel() < LARGE_WEIGHT
+    return not (has_vectors(x) or in_float32(x))
 
 
 def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
@@ -186,7 +190,8 @@ def has_few_rows(x: Tensor) -> bool:
     K = x.shape[-1]
     if has_tiles(x) and K % TILE_STEP == 0:
         return 0 < x.numel() <= MAX_ROWS_OF_TILES * K
-    return 0 < x.numel() < (MIN_ROWS_IN_FLOAT32 if in_float32(x) else MIN_ROWS) * K
+    rows = MIN_ROWS_OF_VECTORS if has_vectors(x) else MIN_ROWS_IN_FLOAT32 if in_float32(x) else MIN_ROWS
+    return 0 < x.numel() < rows * K
 
 
 def in_float32(x: Tensor) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from pygpt.errors import InputError, InputTypeError
 from pygpt.ops import backends
 from pygpt.ops.checks import check_device
-from pygpt.ops.linear import has_few_rows, linear
+from pygpt.ops.linear import has_few_rows, has_vectors, linear
 
 backends.register("linear_int8", cpp=(torch.float32, torch.bfloat16))
 
@@ -44,8 +44,8 @@ def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
     """x @ (weight * scale).T + bias for the results of `quantize_int8`, without gradients for weight and scale.
 
     x: (..., K), float32 or bfloat16 for the kernel, any floating point elsewhere. weight: int8 (N, K), scale: float32 (N,),
-    bias: (N,) of x's dtype, or None. Returns (..., N). From 16 rows on (64 or 24 where `linear` computes in float32), and where
-    gradients are wanted, the weights are converted to x's dtype and multiplied by the library. Under
+    bias: (N,) of x's dtype, or None. Returns (..., N). From 16 rows on (64 where `linear` computes bfloat16 in float32), but
+    with AVX2 alone, and where gradients are wanted, the weights are converted to x's dtype and multiplied by the library. Under
     autocast x and bias are cast first. Raises InputError for shapes and devices, InputTypeError for dtypes.
     """
     if backends.is_autocast(x):
@@ -68,7 +68,8 @@ def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
         )
     check_device("linear_int8", x, weight=weight, scale=scale, bias=bias)
     with_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    if backends.choose("linear_int8", x) == "eager" or with_grad or not has_few_rows(x):
+    takes_rows = has_few_rows(x) or (x.numel() > 0 and has_vectors(x))
+    if backends.choose("linear_int8", x) == "eager" or with_grad or not takes_rows:
         return linear_int8_reference(x, weight, scale, bias)
     return torch.ops.pygpt.linear_int8.default(x, weight, scale, bias)
 
