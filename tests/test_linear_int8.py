@@ -67,6 +67,30 @@ def test_kernel_matches_float64(capability, rows, K, N, dtype):
             assert torch.equal(ops.linear_int8(x, weight, scale, bias), y)
 
 
+# (64, 770, 33000) and (1500, 770, 1400): sums of bfloat16 that wait for a second part of K are of half of the result at a time.
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "K", "N"),
+    [(31, 40, 5), (32, 1, 1), (33, 37, 6), (32, 8, 17), (70, 800, 49), (47, 129, 7), (64, 770, 33000), (1500, 770, 1400)],
+)
+def test_many_rows_match_float64(capability, rows, K, N, dtype):
+    has_vectors = backends.extension.multiplies_by_vectors()
+    if not has_vectors and rows * N > 10000:
+        pytest.skip("this level leaves products of many rows to a library, which has no halves of results")
+    x, bias = leaf(rows, K, dtype=dtype).detach(), leaf(N, dtype=dtype, seed=2).detach()
+    weight, scale = ops.quantize_int8(leaf(N, K, seed=1).detach() * torch.logspace(-3, 3, N)[:, None])
+    for b in (None, bias):
+        with torch.no_grad():
+            y = ops.linear_int8(x, weight, scale, b)
+        exact = F.linear(x.double(), weight.double() * scale.double()[:, None], None if b is None else b.double())
+        assert y.dtype == dtype
+        size = scale.double() * 127  # columns of very different magnitudes: each beside its own
+        assert_close(y.double() / size, exact / size, dtype, floor=math.sqrt(K))
+        if has_vectors:
+            assert torch.equal(torch.ops.pygpt.linear_int8(x, weight, scale, b), y)
+
+
 @pytest.mark.parametrize("backend", [None, "eager"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8), (16, 8), (3, 7, 8), (2, 8), (8,)], ids=str)
