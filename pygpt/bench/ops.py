@@ -157,6 +157,21 @@ def _linear(shape: Shape, dtype: torch.dtype, device: str) -> Pair:
     return Pair(lambda: ops.linear(x, weight), lambda: F.linear(x, weight), "F.linear", [], [], work)
 
 
+def _linear_prompt(shape: Shape, dtype: torch.dtype, device: str) -> Pair:
+    """All linear layers of a model's blocks, so that no cache holds the weights of the next one."""
+    rows, C, layers = shape
+    xs = {K: torch.randn(rows, K).to(device, dtype) for K in (C, 4 * C)}
+    sizes = [(3 * C, C), (C, C), (4 * C, C), (C, 4 * C)] * layers
+    weights = [(torch.randn(size) * 0.02).to(device, dtype) for size in sizes]
+    biases = [torch.randn(N).to(device, dtype) for N, _ in sizes]
+
+    def run(linear: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], list[Tensor]]:
+        return lambda: [linear(xs[w.shape[1]], w, b) for w, b in zip(weights, biases, strict=True)]
+
+    flops = 2.0 * rows * sum(w.numel() for w in weights)
+    return Pair(run(ops.linear), run(F.linear), "F.linear", [], [], {"forward": flops}, "GFLOP/s")
+
+
 def _linear_training(shape: Shape, dtype: torch.dtype, device: str) -> Pair:
     rows, K, N = shape
     x, weight, bias = (_random(size, dtype, device) for size in ((rows, K), (N, K), (N,)))
@@ -264,6 +279,17 @@ OPS = {
             "1 row, 3072x768": (1, 768, 3072),
         },
         "1 row, 3072x768",
+        ("forward",),
+    ),
+    "linear_prompt": Op(  # rows, width and layers
+        _linear_prompt,
+        {
+            "32 tokens, GPT-2's blocks": (32, 768, 12),
+            "64 tokens, GPT-2's blocks": (64, 768, 12),
+            "256 tokens, GPT-2's blocks": (256, 768, 12),
+            "32 tokens, 4 blocks of C 128": (32, 128, 4),
+        },
+        "32 tokens, 4 blocks of C 128",
         ("forward",),
     ),
     "linear_training": Op(
