@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from common import assert_close, double, leaf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pygpt import ops
 from pygpt.ops import backends
@@ -253,6 +256,57 @@ def test_what_stays_with_pytorch():
     assert ops.linear(x[:0], weight).shape == (0, 96)
     compiled = torch.compile(ops.linear, fullgraph=True, backend="aot_eager")
     assert_close(compiled(x, weight), F.linear(double(x), double(weight)))
+
+
+def kernels(call: Callable[[], Any]) -> set[str]:
+    """The operators of ours that a call runs."""
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            names.add(function.name())
+            return function(*arguments, **(keywords or {}))
+
+    names: set[str] = set()
+    with Recorder(), torch.no_grad():
+        call()
+    return {name.removeprefix("pygpt::") for name in names if name.startswith("pygpt::")}
+
+
+FEW, MATRIX = {"linear_few_rows"}, {"matmul"}
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("dtype", "rows", "N", "K", "expected"),
+    [
+        (torch.float32, 1, 255, 256, set()),  # a small weight
+        (torch.float32, 15, 255, 256, set()),
+        (torch.float32, 1, 511, 256, set()),  # one row of a weight up to twice as large
+        (torch.float32, 1, 512, 256, FEW),
+        (torch.float32, 2, 256, 256, FEW),
+        (torch.float32, 47, 256, 256, FEW),
+        (torch.float32, 48, 256, 256, set()),  # F.linear is fast here
+        (torch.float32, 48, 1024, 512, MATRIX),  # and here it is not
+        (torch.float32, 48, 1023, 512, set()),
+        (torch.float32, 2048, 256, 512, MATRIX),
+        (torch.bfloat16, 1, 511, 256, set()),
+        (torch.bfloat16, 1, 512, 256, FEW),
+        (torch.bfloat16, 15, 128, 128, FEW),
+        (torch.bfloat16, 47, 128, 128, FEW),
+        (torch.bfloat16, 48, 128, 128, set()),  # fewer than 1.5 million multiplications
+        (torch.bfloat16, 96, 128, 128, MATRIX),
+    ],
+    ids=str,
+)
+def test_who_multiplies_with_avx2(dtype, rows, N, K, expected):
+    if "avx2" not in backends.extension.available_cpu_capabilities():
+        pytest.skip("this processor has no AVX2")
+    x, weight = torch.randn(rows, K, dtype=dtype), torch.randn(N, K, dtype=dtype)
+    backends.extension.set_cpu_capability("avx2")
+    try:
+        assert kernels(lambda: ops.linear(x, weight)) == expected
+    finally:
+        backends.extension.set_cpu_capability("")
 
 
 def test_errors_are_those_of_pytorch():

@@ -72,7 +72,16 @@ def test_kernel_matches_float64(capability, rows, K, N, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("rows", "K", "N"),
-    [(31, 40, 5), (32, 1, 1), (33, 37, 6), (32, 8, 17), (70, 800, 49), (47, 129, 7), (64, 770, 33000), (1500, 770, 1400)],
+    [
+        (31, 40, 5),
+        (32, 1, 1),
+        (33, 37, 6),
+        (32, 8, 17),
+        (70, 800, 49),
+        (47, 129, 7),
+        (64, 770, 33000),
+        (1500, 770, 1400),
+    ],
 )
 def test_many_rows_match_float64(capability, rows, K, N, dtype):
     has_vectors = backends.extension.multiplies_by_vectors()

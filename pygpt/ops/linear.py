@@ -7,9 +7,10 @@ there these products go through oneDNN. In bfloat16 F.linear goes through oneDNN
 the result first; so do the larger of these products here, with the bias added on the way. On processors with AMX the larger
 products of bfloat16 are a kernel of ours, as fast as the library where that is at its best and half as fast again where it
 has to turn its operands round: gradients of weights. With AVX2 alone, where oneDNN and MKL each lose a third or more in some of
-the layouts, all larger products are another kernel of ours, and up to 47 rows count as few. With AVX-512 but without instructions for bfloat16 all of its
-products are computed in float32, which with the conversions takes a half to a tenth of the time. Everywhere else this is
-`F.linear`; only logits of few rows in float32, those of `matmul_nt`, go through oneDNN everywhere (bench/LOG.md has the figures).
+the layouts, all larger products are another kernel of ours, and up to 47 rows count as few. With AVX-512 but without
+instructions for bfloat16 all of its products are computed in float32, which with the conversions takes a half to a tenth of
+the time. Everywhere else this is `F.linear`; only logits of few rows in float32, those of `matmul_nt`, go through oneDNN
+everywhere (bench/LOG.md has the figures).
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ MANY_LOGITS, LOGITS_PER_ROW, MIN_WIDTH = 4096, 32, 384
 # Multiplications of a product below which a function of our own does not win back what it costs: where it is twice as fast
 # as F.linear or more, and where it is a little faster.
 SMALL_PRODUCT, SMALL_PRODUCT_OF_A_PEER = 3 << 19, 1 << 28
-LARGE_WEIGHT = 1 << 19  # elements of a weight with which F.linear, in float32 with AVX2, is not fast whatever the rows
+# Elements of a weight that the kernel for few rows reads in less time than its call costs beyond F.linear's, and with which
+# F.linear, in float32 with AVX2, is not fast whatever the rows.
+SMALL_WEIGHT, LARGE_WEIGHT = 1 << 16, 1 << 19
 MAX_ROWS_OF_TILES, TILE_STEP = 32, 32  # of the kernel for few rows by AMX tiles, which sums in steps
 MIN_ROWS = 16  # of a product for a library; what has fewer is a matter of memory bandwidth
 MIN_ROWS_OF_VECTORS = 48  # of one for our kernel for AVX2, where the one for few rows can take them
@@ -48,7 +51,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     On the CPU a product of fewer than 1.5 million multiplications is F.linear itself, unless a backend is forced; where
     F.linear itself is fast, one of fewer than 268 million: in bfloat16 with instructions for it, and in float32 with AVX2
-    alone and a weight of fewer than 524,288 elements."""
+    alone and a weight of fewer than 524,288 elements. Not so few rows without gradients, which in float32 are F.linear's with
+    a weight of fewer than 65,536 elements, or one row of 131,072."""
     if _is_small(x, weight, bias):
         return F.linear(x, weight, bias)
     if (
@@ -84,7 +88,12 @@ def _is_small(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if product >= SMALL_PRODUCT and (product >= SMALL_PRODUCT_OF_A_PEER or not _has_fast_peer(x, weight)):
         return False
     # Rows beyond what the kernel for few takes at any level: so it need not be asked.
-    return x.numel() >= MIN_ROWS_IN_FLOAT32 * x.shape[-1] or not _takes_few_rows(x, weight, bias)
+    if x.numel() >= MIN_ROWS_IN_FLOAT32 * x.shape[-1] or (x.dtype == torch.float32 and weight.numel() < SMALL_WEIGHT):
+        return True
+    # Of one row twice as much, and in bfloat16 fewer rows of such a weight; with AMX not measured.
+    if product < 2 * SMALL_WEIGHT and (x.dtype == torch.float32 or has_vectors(x)):
+        return True
+    return not _takes_few_rows(x, weight, bias)
 
 
 def _wants_grad(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
