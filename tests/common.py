@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Largest error allowed, relative to |reference| + its largest magnitude: a few roundings of the dtype.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -131,3 +133,17 @@ def leaf(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, se
 def double(x: torch.Tensor | None) -> torch.Tensor | None:
     """A float64 leaf with the same values, for the reference."""
     return None if x is None else x.detach().double().requires_grad_(x.requires_grad)
+
+
+def kernels(call: Callable[[], Any]) -> set[str]:
+    """The operators of ours that a call runs."""
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            names.add(function.name())
+            return function(*arguments, **(keywords or {}))
+
+    names: set[str] = set()
+    with Recorder():
+        call()
+    return {name.removeprefix("pygpt::") for name in names if name.startswith("pygpt::")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import EMBEDDING_SHAPES, assert_close, double, leaf
+from common import EMBEDDING_SHAPES, assert_close, double, kernels, leaf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -258,3 +258,14 @@ def test_gradient_of_a_large_table_is_zero_elsewhere(dtype):
         for row, count in ((0, 1), (1234, 2), (V - 1, 1)):
             expected_table[row] = count
         assert torch.equal(table, expected_table)
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("rows", "V", "ours"), [(255, 8191, False), (256, 8191, True), (1, 8192, True)], ids=["small", "rows", "table"]
+)
+def test_with_gradients_a_small_gather_is_torchs(rows, V, ours):
+    idx, table = torch.randint(V, (1, rows)), torch.randn(V, 1024, requires_grad=True)
+    found = kernels(lambda: torch.autograd.grad(ops.embedding(idx, table).sum(), table))
+    assert found == ({"embedding_forward", "embedding_backward"} if ours else set())
+    assert not kernels(lambda: ops.embedding(idx, table.detach()))

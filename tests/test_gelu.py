@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from common import GELU_SHAPES, assert_close, double, leaf
+from common import GELU_SHAPES, assert_close, double, kernels, leaf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pygpt import ops
+from pygpt.errors import InputTypeError
 from pygpt.ops import backends
 from pygpt.ops.gelu import gelu_reference
 
@@ -39,6 +40,21 @@ def test_strided_views(capability, rows, columns, step, dtype):
     x = leaf(rows, columns * step, dtype=dtype)[:, ::step]
     assert_close(ops.gelu(x), gelu_reference(x.double()), dtype)
     assert_close(ops.gelu(x.t()), gelu_reference(x.t().double()), dtype)
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("size", "with_gradient", "ours"), [(1023, False, 0), (1024, False, 1), (8191, True, 0), (8192, True, 1)]
+)
+def test_small_inputs_are_torchs(size, with_gradient, ours):
+    x = torch.randn(size, requires_grad=True)
+    expected = {"gelu_forward", "gelu_backward"} if with_gradient else {"gelu_forward"}
+    with torch.set_grad_enabled(with_gradient):
+        assert kernels(lambda: torch.autograd.grad(ops.gelu(x).sum(), x) if with_gradient else ops.gelu(x)) == (
+            expected if ours else set()
+        )
+    with pytest.raises(InputTypeError, match="expected a floating-point tensor"):
+        ops.gelu(torch.ones(3, dtype=torch.int64))
 
 
 def test_extremes(capability):

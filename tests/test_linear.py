@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from common import assert_close, double, leaf
+from common import assert_close, double, kernels, leaf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pygpt import ops
 from pygpt.ops import backends
@@ -258,20 +255,6 @@ def test_what_stays_with_pytorch():
     assert_close(compiled(x, weight), F.linear(double(x), double(weight)))
 
 
-def kernels(call: Callable[[], Any]) -> set[str]:
-    """The operators of ours that a call runs."""
-
-    class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-            names.add(function.name())
-            return function(*arguments, **(keywords or {}))
-
-    names: set[str] = set()
-    with Recorder(), torch.no_grad():
-        call()
-    return {name.removeprefix("pygpt::") for name in names if name.startswith("pygpt::")}
-
-
 FEW, MATRIX = {"linear_few_rows"}, {"matmul"}
 
 
@@ -304,7 +287,8 @@ def test_who_multiplies_with_avx2(dtype, rows, N, K, expected):
     x, weight = torch.randn(rows, K, dtype=dtype), torch.randn(N, K, dtype=dtype)
     backends.extension.set_cpu_capability("avx2")
     try:
-        assert kernels(lambda: ops.linear(x, weight)) == expected
+        with torch.no_grad():
+            assert kernels(lambda: ops.linear(x, weight)) == expected
     finally:
         backends.extension.set_cpu_capability("")
 

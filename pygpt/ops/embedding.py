@@ -13,6 +13,9 @@ from pygpt.ops import backends
 from pygpt.ops.autograd import differentiable, first_order
 from pygpt.ops.checks import check_device
 
+LARGE_TABLE = (
+    1 << 23
+)  # elements from which on torch, which writes zeros to all of the table's gradient, is the slower one
 backends.register("embedding", cpp=(torch.float32, torch.bfloat16), cuda=(torch.float32, torch.bfloat16, torch.float16))
 
 
@@ -40,7 +43,7 @@ def embedding(
     torch, because a check would make the host wait for the device.
 
     Without positions and gradients it is a plain gather, which is torch's own unless a backend is forced; with gradients as
-    well where the result has fewer than 262,144 elements of float32.
+    well where the result has fewer than 262,144 elements of float32, and the table fewer than 8 million.
     """
     if (
         position_table is None
@@ -64,7 +67,10 @@ def embedding(
 
 def _is_small(idx: Tensor, table: Tensor) -> bool:
     return (
-        table.dtype == torch.float32 and table.dim() == 2 and idx.numel() * table.shape[-1] < backends.SMALL_IN_FLOAT32
+        table.dtype == torch.float32
+        and table.dim() == 2
+        and idx.numel() * table.shape[-1] < backends.SMALL_IN_FLOAT32
+        and table.numel() < LARGE_TABLE
     )
 
 

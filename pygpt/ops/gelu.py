@@ -11,6 +11,8 @@ from pygpt.ops import backends
 from pygpt.ops.autograd import differentiable
 from pygpt.ops.checks import check_device, check_floating
 
+# Elements of fewer than which a call of ours costs more than its kernel wins on the CPU: without and with gradients.
+SMALL, SMALL_WITH_GRADIENT = 1 << 10, 1 << 13
 backends.register("gelu", cpp=(torch.float32, torch.bfloat16), cuda=(torch.float32, torch.bfloat16, torch.float16))
 
 
@@ -23,10 +25,14 @@ def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """0.5 z (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))), elementwise, where z is x, or x + bias.
 
     x: any shape, floating point. bias: (C,) for x (..., C), of x's dtype or float32; kernels on GPUs add it on the way, and
-    sum its gradient there; without one, and with no backend forced, it is F.gelu there. Returns x's shape and dtype. Raises
-    InputTypeError (a TypeError) for other dtypes and InputError for another shape of bias.
+    sum its gradient there; without one, and with no backend forced, it is F.gelu there, as on the CPU for fewer than 1,024
+    elements, or 8,192 with gradients. Returns x's shape and dtype. Raises InputTypeError (a TypeError) for other dtypes and
+    InputError for another shape of bias.
     """
     check_floating("gelu", x, bias=bias)
+    small = SMALL_WITH_GRADIENT if x.requires_grad and torch.is_grad_enabled() else SMALL
+    if bias is None and backends.automatic_on_cpu(x, small):
+        return gelu_reference(x)
     if bias is None and x.is_cuda and backends.forced() is None:
         return gelu_reference(x)  # by itself F.gelu runs at the memory's pace on GPUs, and is called faster
     backend = backends.choose("gelu", x)
