@@ -206,16 +206,21 @@ void forward(const AttentionShape& shape, const ForwardInputs<T>& in, T* out, fl
 
 // What reading a key and a value for a head costs a thread, in operations: it waits for memory, not for arithmetic.
 constexpr double kOperationsPerElementRead = 128;
+constexpr int64_t kDecodeParts = 2;  // for each thread, at least where there are so many heads
 
 template <class T>
 void decode(const AttentionShape& shape, const ForwardInputs<T>& in, T* out, float* lse, const Tensor& like) {
-  const int64_t heads = shape.B * shape.H, items = heads * shape.decode_chunks();
-  Tensor space = workspace(like, items * shape.decode_workspace());
+  const int64_t heads = shape.B * shape.H, chunks = shape.decode_chunks(), others = shape.B * chunks;
+  const int64_t threads = threads_for(kOperationsPerElementRead * heads * shape.S * shape.D);
+  // Groups of as many heads as the caches hold, but enough of them for every thread, of about the same size.
+  const int64_t most = std::clamp<int64_t>(kDecodeElements / shape.D, 1, shape.H);
+  const int64_t wanted = std::max((shape.H + most - 1) / most, (kDecodeParts * threads + others - 1) / others);
+  const int64_t group = (shape.H + wanted - 1) / wanted, items = others * ((shape.H + group - 1) / group);
+  Tensor space = workspace(like, heads * chunks * shape.decode_workspace());
   float* base = space.mutable_data_ptr<float>();
-  const int64_t grain = items / threads_for(kOperationsPerElementRead * heads * shape.S * shape.D);
   const auto kernel = PYGPT_DISPATCH_PRODUCTS(attention_decode<T>);
-  torch::stable::parallel_for(0, items, std::max<int64_t>(grain, 1), [&](int64_t first, int64_t last) {
-    kernel(shape, in.q, in.k, in.v, base, first, last);
+  in_turn(items, std::min(items, threads), [&](int64_t, int64_t item) {
+    kernel(shape, in.q, in.k, in.v, base, group, item, item + 1);
   });
   PYGPT_DISPATCH_PRODUCTS(attention_decode_join<T>)(shape, base, out, lse);
 }

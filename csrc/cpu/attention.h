@@ -10,8 +10,8 @@ namespace pygpt {
 constexpr int64_t kAttentionBlock = 64;
 // With at most this many queries nothing is packed: keys and values are read once, as they lie.
 constexpr int64_t kDecodeQueries = 4;
-// Keys of one work item of that path.
-constexpr int64_t kDecodeKeys = 256;
+// Keys of one work item of that path, at most, and elements of a row of its heads.
+constexpr int64_t kDecodeKeys = 256, kDecodeElements = 1024;
 // Queries and keys that backward by AMX tiles takes together.
 constexpr int64_t kTileQueries = 256, kTileKeys = 256;
 
@@ -50,6 +50,10 @@ struct AttentionShape {
   int64_t query_blocks() const { return (T + kAttentionBlock - 1) / kAttentionBlock; }
   int64_t key_blocks() const { return (S + kAttentionBlock - 1) / kAttentionBlock; }
   int64_t decode_chunks() const { return (S + kDecodeKeys - 1) / kDecodeKeys; }
+  int64_t decode_keys() const {  // of a chunk: whole blocks, about as many in each
+    const int64_t blocks = (S + kAttentionBlock - 1) / kAttentionBlock;
+    return (blocks + decode_chunks() - 1) / decode_chunks() * kAttentionBlock;
+  }
   // The blocks of keys that a block of queries sees, wholly or in part: from the first, up to the end.
   int64_t first_key_block(int64_t head, int64_t query_block) const {
     return first_key(head, query_block * kAttentionBlock) / kAttentionBlock;
@@ -88,7 +92,7 @@ struct AttentionShape {
     return (4 * steps * n + 3 * keys * n + 2 * queries + queries * keys) * 512 + (steps * n + 2 * keys * n + 2) * 1024 +
            4 * 32 * steps + 64 * queries;
   }
-  int64_t decode_workspace() const { return T * (width() + 2); }
+  int64_t decode_workspace() const { return T * (2 * width() + 2 + 16); }  // 16: lanes, at most
 };
 
 template <class T>

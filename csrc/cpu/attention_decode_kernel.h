@@ -1,17 +1,30 @@
 // Causal attention for a few queries against many keys (decoding with a KV cache), for one instruction set. Keys and
 // values are read once, where they lie; the work is split over chunks of keys as in Flash-Decoding (Dao et al., 2023).
+//
+// A row of a cache holds all heads, side by side. Of one head alone the rows lie so far apart that the processor does not fetch
+// ahead: so a block of keys is read for one head of a group after the other, and each asks for what the next one needs.
 
 namespace pygpt::PYGPT_ISA {
 
-// Rows of a cache lie far apart, where the processor's own prefetching does not follow: keys are asked for this many
-// rows ahead, values while the scores of their block are computed.
-constexpr int64_t kAhead = 16;
-
+// sum[l] += the products of n elements of a query and of key l.
 template <class T>
-PYGPT_INLINE float dot(const float* a, const T* b, int64_t n_elements) {
-  vf sum = {};
-  PYGPT_FOR_LANES(n_elements, sum += load_step(a + i, n) * load_step(b + i, n);)
-  return reduce_add(sum);
+PYGPT_INLINE void add_scores(vf* sum, const float* query, const T* key, int64_t stride, int64_t n) {
+  const vf x = load_step(query, n);
+#pragma GCC unroll 16
+  for (int l = 0; l < kLanes; ++l) sum[l] += x * load_step(key + l * stride, n);
+}
+
+// Scores of a query with kLanes keys, or with fewer.
+template <class T>
+PYGPT_INLINE void score_keys(const float* query, const T* key, int64_t stride, int64_t D, int64_t keys, float* scores) {
+  vf sum[kLanes] = {};
+  if (keys >= kLanes) {
+    PYGPT_FOR_LANES(D, add_scores(sum, query + i, key + i, stride, n);)
+  } else {
+    for (int64_t l = 0; l < keys; ++l)
+      PYGPT_FOR_LANES(D, sum[l] += load_step(query + i, n) * load_step(key + l * stride + i, n);)
+  }
+  store(scores, sum_each(sum));
 }
 
 // o = o * factor + sum over keys of p[key] * v[key], for VECTORS * kLanes columns, or one vector of n of them.
@@ -19,64 +32,89 @@ template <class T, int VECTORS>
 PYGPT_INLINE void add_values(const float* p, const T* v, int64_t stride, int64_t keys, float factor, float* o,
                              int64_t n) {
   vf sum[VECTORS];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int c = 0; c < VECTORS; ++c) sum[c] = load(o + c * kLanes) * factor;
   for (int64_t j = 0; j < keys; ++j, v += stride)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int c = 0; c < VECTORS; ++c) sum[c] += load_step(v + c * kLanes, n) * p[j];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int c = 0; c < VECTORS; ++c) store(o + c * kLanes, sum[c]);
 }
 
-// The share of one chunk of keys, for work items (batch, head, chunk) first .. last. Of an item in the workspace: the
-// unnormalised output (T x width), the largest scores (T) and the sums (T).
+// Where a head's share of a chunk lies: the unnormalised output (T x width), the largest scores (T) and the sums (T), which are the
+// result; and the queries (T x width) and sums by lane (T x kLanes).
+struct DecodedHead {
+  DecodedHead(const AttentionShape& shape, float* workspace, int64_t head, int64_t chunk)
+      : o(workspace + (head * shape.decode_chunks() + chunk) * shape.decode_workspace()),
+        largest(o + shape.T * shape.width()),
+        sum(largest + shape.T),
+        queries(sum + shape.T),
+        lane_sums(queries + shape.T * shape.width()) {}
+
+  float *o, *largest, *sum, *queries, *lane_sums;
+};
+
+// The shares of chunks of keys, for work items (batch, group of heads, chunk) first .. last.
 template <class T>
 void attention_decode(const AttentionShape& shape, HeadView<const T> q, HeadView<const T> k, HeadView<const T> v,
-                      float* workspace, int64_t first, int64_t last) {
-  const int64_t D = shape.D, width = shape.width(), chunks = shape.decode_chunks();
-  alignas(64) float queries[kDecodeQueries * 256], scores[kDecodeQueries * kBlock];
-  float factor[kLanes], largest[kDecodeQueries], sums[kDecodeQueries * kLanes];
+                      float* workspace, int64_t group, int64_t first, int64_t last) {
+  constexpr int kWide = kLanes == 16 ? 4 : 8;  // vectors of a value: as many sums as hide how long an addition takes
+  const int64_t D = shape.D, width = shape.width(), chunks = shape.decode_chunks(), groups = (shape.H + group - 1) / group;
   const int queries_here = static_cast<int>(shape.T);
+  alignas(64) float scores[kDecodeQueries * kBlock];
+  float factor[kLanes];
   for (int64_t item = first; item < last; ++item) {
-    const int64_t head = item / chunks, chunk = item % chunks, b = head / shape.H, h = head % shape.H;
-    const int64_t end = smaller(shape.S, (chunk + 1) * kDecodeKeys);
-    float* o = workspace + item * shape.decode_workspace();
-    std::memset(o, 0, shape.T * width * sizeof(float));
-    std::memset(sums, 0, sizeof sums);
-    for (int t = 0; t < queries_here; ++t) {
-      largest[t] = -std::numeric_limits<float>::infinity();
-      const T* from = q.data + b * q.batch + h * q.head + t * q.time;
-      PYGPT_FOR_LANES(D, store_step(queries + t * width + i, load_step(from + i, n) * (shape.scale * kLog2E), n);)
+    const int64_t chunk = item % chunks, b = item / chunks / groups, first_head = item / chunks % groups * group;
+    const int64_t end = smaller(shape.S, (chunk + 1) * shape.decode_keys()), end_head = smaller(shape.H, first_head + group);
+    for (int64_t h = first_head; h < end_head; ++h) {
+      const DecodedHead state(shape, workspace, b * shape.H + h, chunk);
+      std::memset(state.o, 0, shape.T * width * sizeof(float));
+      std::memset(state.lane_sums, 0, shape.T * kLanes * sizeof(float));
+      for (int t = 0; t < queries_here; ++t) {
+        state.largest[t] = -std::numeric_limits<float>::infinity();
+        const T* from = q.at(b, t, h);
+        float* query = state.queries + t * width;
+        PYGPT_FOR_LANES(D, store_step(query + i, load_step(from + i, n) * (shape.scale * kLog2E), n);)
+      }
     }
     // Keys before the first query's document are not read: nobody sees them.
-    const int64_t begin = larger(chunk * kDecodeKeys, shape.first_key(head, 0) / kBlock * kBlock);
-    for (int64_t k0 = begin; k0 < end; k0 += kBlock) {
-      const int64_t keys = smaller(kBlock, end - k0);
-      const T* key = k.data + b * k.batch + h * k.head + k0 * k.time;
-      const T* value = v.data + b * v.batch + h * v.head + k0 * v.time;
-      for (int64_t j = 0; j < keys; ++j, key += k.time) {
-        prefetch_row(value + j * v.time, D);
-        if (k0 + j + kAhead < end) prefetch_row(key + kAhead * k.time, D);
-        for (int t = 0; t < queries_here; ++t) scores[t * kBlock + j] = dot(queries + t * width, key, D);
+    const int64_t begin = larger(chunk * shape.decode_keys(), shape.first_key(b * shape.H, 0) / kBlock * kBlock);
+    for (int64_t k0 = begin; k0 < end; k0 += kBlock)
+      for (int64_t h = first_head; h < end_head; ++h) {
+        const int64_t head = b * shape.H + h, keys = smaller(kBlock, end - k0);
+        const DecodedHead state(shape, workspace, head, chunk);
+        const T *key = k.at(b, k0, h), *value = v.at(b, k0, h);
+        const int64_t next_h = h + 1 < end_head ? h + 1 : first_head, next_k = next_h > h ? k0 : k0 + kBlock;
+        const int64_t next_keys = larger(0, smaller(kBlock, end - next_k));
+        for (int64_t j = 0; j < keys; j += kLanes) {
+          for (int64_t l = j; l < smaller(next_keys, j + kLanes); ++l) {
+            prefetch_row<2>(k.at(b, next_k + l, next_h), D);
+            prefetch_row<2>(v.at(b, next_k + l, next_h), D);
+          }
+          for (int t = 0; t < queries_here; ++t)
+            score_keys(state.queries + t * width, key + j * k.time, k.time, D, keys - j, scores + t * kBlock + j);
+        }
+        softmax_rows<float>(shape, scores, queries_here, round_up(keys, kLanes), {state.largest, state.lane_sums}, factor, head,
+                            0, k0);
+        for (int t = 0; t < queries_here; ++t) {
+          // Only values that the query sees: 0 times one that is no number is none either.
+          const int64_t from = larger(0, smaller(keys, shape.first_key(head, t) - k0));
+          const int64_t seen = larger(from, smaller(keys, shape.end_key(t) - k0)) - from;
+          const float* p = scores + t * kBlock + from;
+          const T* first_value = value + from * v.time;
+          float* to = state.o + t * width;
+          int64_t d = 0;
+          for (; d + kWide * kLanes <= D; d += kWide * kLanes)
+            add_values<T, kWide>(p, first_value + d, v.time, seen, factor[t], to + d, kLanes);
+          for (; d + kWide / 2 * kLanes <= D; d += kWide / 2 * kLanes)
+            add_values<T, kWide / 2>(p, first_value + d, v.time, seen, factor[t], to + d, kLanes);
+          for (; d < D; d += kLanes)
+            add_values<T, 1>(p, first_value + d, v.time, seen, factor[t], to + d, smaller(kLanes, D - d));
+        }
       }
-      softmax_rows<float>(shape, scores, queries_here, round_up(keys, kLanes), {largest, sums}, factor, head, 0, k0);
-      for (int t = 0; t < queries_here; ++t) {
-        // Only values that the query sees: 0 times one that is no number is none either.
-        const int64_t from = larger(0, smaller(keys, shape.first_key(head, t) - k0));
-        const int64_t seen = larger(from, smaller(keys, shape.end_key(t) - k0)) - from;
-        const float* p = scores + t * kBlock + from;
-        const T* first_value = value + from * v.time;
-        float* to = o + t * width;
-        int64_t d = 0;
-        for (; d + 4 * kLanes <= D; d += 4 * kLanes)
-          add_values<T, 4>(p, first_value + d, v.time, seen, factor[t], to + d, kLanes);
-        for (; d < D; d += kLanes)
-          add_values<T, 1>(p, first_value + d, v.time, seen, factor[t], to + d, smaller(kLanes, D - d));
-      }
-    }
-    for (int t = 0; t < queries_here; ++t) {
-      o[shape.T * width + t] = largest[t];
-      o[shape.T * width + shape.T + t] = reduce_add(load(sums + t * kLanes));
+    for (int64_t h = first_head; h < end_head; ++h) {
+      const DecodedHead state(shape, workspace, b * shape.H + h, chunk);
+      for (int t = 0; t < queries_here; ++t) state.sum[t] = reduce_add(load(state.lane_sums + t * kLanes));
     }
   }
 }

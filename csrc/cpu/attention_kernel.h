@@ -136,9 +136,9 @@ static void finish_rows(const AttentionShape& shape, const float* o, Running run
   for (int64_t r = 0; r < rows; ++r) lse[r] = (running.largest[r] + std::log2(lse[r])) * kLn2;
 }
 
-template <class T>
+template <int LEVEL = 3, class T>
 PYGPT_INLINE void prefetch_row(const T* row, int64_t D) {
-  for (int64_t d = 0; d < D; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + d);
+  for (int64_t d = 0; d < D; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + d, 0, LEVEL);
 }
 
 // Asks for `rows` rows of a head, from `first` on and before `end`, so that packing finds them in the cache.

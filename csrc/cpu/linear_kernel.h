@@ -39,20 +39,6 @@ PYGPT_INLINE vu load_operand(const bf16* p, int64_t n) {
 #endif
 }
 
-// Lane l: the sum of all lanes of v[l], for kLanes vectors, which are overwritten. Each step adds the two halves of every
-// group of lanes and fills the freed half with another vector's.
-PYGPT_INLINE vf sum_each(vf* v) {
-  const vi lane = lane_numbers();
-#pragma GCC unroll 8
-  for (int width = kLanes / 2; width >= 1; width /= 2) {
-    const vi second = (lane & width) * (kLanes / width);  // of the two vectors
-#pragma GCC unroll 8
-    for (int i = 0; i < width; ++i)
-      v[i] = shuffle(v[i], v[i + width], lane + second) + shuffle(v[i], v[i + width], (lane ^ width) + second);
-  }
-  return v[0];
-}
-
 // The products of the n elements from k on of M rows of x and N of weight, every apart-th one, added to sum.
 template <int M, int N, class X, class W>
 PYGPT_INLINE void add_step(vf* sum, const X* x, const W* weight, int64_t k, int64_t n, int64_t K, int64_t apart) {

@@ -280,4 +280,18 @@ PYGPT_INLINE float reduce(vf v) {
 PYGPT_INLINE float reduce_add(vf v) { return reduce<false, kLanes / 2>(v); }
 PYGPT_INLINE float reduce_max(vf v) { return reduce<true, kLanes / 2>(v); }
 
+// Lane l: the sum of all lanes of v[l], for kLanes vectors, which are overwritten. Each step adds the two halves of every
+// group of lanes and fills the freed half with another vector's.
+PYGPT_INLINE vf sum_each(vf* v) {
+  const vi lane = lane_numbers();
+#pragma GCC unroll 8
+  for (int width = kLanes / 2; width >= 1; width /= 2) {
+    const vi second = (lane & width) * (kLanes / width);  // of the two vectors
+#pragma GCC unroll 8
+    for (int i = 0; i < width; ++i)
+      v[i] = shuffle(v[i], v[i + width], lane + second) + shuffle(v[i], v[i + width], (lane ^ width) + second);
+  }
+  return v[0];
+}
+
 }  // namespace pygpt::PYGPT_ISA
