@@ -86,6 +86,27 @@ def _attention(shape: Shape, dtype: torch.dtype, device: str) -> Pair:
     return Pair(ours, peer, "F.scaled_dot_product_attention", [qkv], grads, _both(flops, 2.5 * flops), "GFLOP/s")
 
 
+def _attention_decode(shape: Shape, dtype: torch.dtype, device: str) -> Pair:
+    """A token's attention in every layer, so that no cache holds the keys and values of the next one."""
+    B, S, H, D, layers = shape
+    q = torch.randn(B, 1, H, D).to(device, dtype)
+    caches = [tuple(torch.randn(2, B, S, H, D).to(device, dtype)) for _ in range(layers)]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    work = {"forward": 2.0 * layers * B * S * H * D * dtype.itemsize}
+    return Pair(
+        lambda: [ops.causal_attention(q, k, v) for k, v in caches],
+        lambda: [attend(q, k, v) for k, v in caches],
+        "F.scaled_dot_product_attention",
+        [],
+        [],
+        work,
+    )
+
+
 def _embedding(shape: Shape, dtype: torch.dtype, device: str) -> Pair:
     B, T, V, C, with_positions = shape
     idx = torch.randint(0, V, (B, T)).to(device)
@@ -269,6 +290,16 @@ OPS = {
             "B12 T64 H4 D32": (12, 64, 4, 32),
         },
         "B12 T64 H4 D32",
+    ),
+    "causal_attention_decode": Op(  # keys, heads and layers
+        _attention_decode,
+        {
+            "B1 S1024 H12 D64, 12 layers": (1, 1024, 12, 64, 12),
+            "B8 S512 H12 D64, 12 layers": (8, 512, 12, 64, 12),
+            "B1 S64 H4 D32, 4 layers": (1, 64, 4, 32, 4),
+        },
+        "B1 S64 H4 D32, 4 layers",
+        ("forward",),
     ),
     "gelu": Op(_gelu, {"4096x3072": (4096, 3072), "1024x3072": (1024, 3072), "768x512": (768, 512)}, "768x512"),
     "linear": Op(  # of generation: the model's head, whose weight no cache holds; the last is small enough for one
