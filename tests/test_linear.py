@@ -262,13 +262,12 @@ FEW, MATRIX = {"linear_few_rows"}, {"matmul"}
 @pytest.mark.parametrize(
     ("dtype", "rows", "N", "K", "expected"),
     [
-        (torch.float32, 1, 255, 256, set()),  # a small weight
-        (torch.float32, 15, 255, 256, set()),
-        (torch.float32, 1, 511, 256, set()),  # one row of a weight up to twice as large
+        (torch.float32, 15, 383, 256, set()),  # a small weight
+        (torch.float32, 1, 511, 256, set()),  # one row of a larger one
         (torch.float32, 1, 512, 256, FEW),
-        (torch.float32, 2, 256, 256, FEW),
-        (torch.float32, 47, 256, 256, FEW),
-        (torch.float32, 48, 256, 256, set()),  # F.linear is fast here
+        (torch.float32, 2, 384, 256, FEW),
+        (torch.float32, 47, 384, 256, FEW),
+        (torch.float32, 48, 384, 256, set()),  # F.linear is fast here
         (torch.float32, 48, 1024, 512, MATRIX),  # and here it is not
         (torch.float32, 48, 1023, 512, set()),
         (torch.float32, 2048, 256, 512, MATRIX),

@@ -31,9 +31,10 @@ MANY_LOGITS, LOGITS_PER_ROW, MIN_WIDTH = 4096, 32, 384
 # Multiplications of a product below which a function of our own does not win back what it costs: where it is twice as fast
 # as F.linear or more, and where it is a little faster.
 SMALL_PRODUCT, SMALL_PRODUCT_OF_A_PEER = 3 << 19, 1 << 28
-# Elements of a weight that the kernel for few rows reads in less time than its call costs beyond F.linear's, and with which
-# F.linear, in float32 with AVX2, is not fast whatever the rows.
-SMALL_WEIGHT, LARGE_WEIGHT = 1 << 16, 1 << 19
+# Elements of a weight below which the kernel for few rows does not win back what its call costs beyond F.linear's, and, of one
+# row, multiplications.
+SMALL_WEIGHT, SMALL_ROW = 3 << 15, 1 << 17
+LARGE_WEIGHT = 1 << 19  # elements with which F.linear, in float32 with AVX2, is not fast whatever the rows
 MAX_ROWS_OF_TILES, TILE_STEP = 32, 32  # of the kernel for few rows by AMX tiles, which sums in steps
 MIN_ROWS = 16  # of a product for a library; what has fewer is a matter of memory bandwidth
 MIN_ROWS_OF_VECTORS = 48  # of one for our kernel for AVX2, where the one for few rows can take them
@@ -52,7 +53,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     On the CPU a product of fewer than 1.5 million multiplications is F.linear itself, unless a backend is forced; where
     F.linear itself is fast, one of fewer than 268 million: in bfloat16 with instructions for it, and in float32 with AVX2
     alone and a weight of fewer than 524,288 elements. Not so few rows without gradients, which in float32 are F.linear's with
-    a weight of fewer than 65,536 elements, or one row of 131,072."""
+    a weight of fewer than 98,304 elements, or one row of 131,072."""
     if _is_small(x, weight, bias):
         return F.linear(x, weight, bias)
     if (
@@ -90,8 +91,8 @@ def _is_small(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     # Rows beyond what the kernel for few takes at any level: so it need not be asked.
     if x.numel() >= MIN_ROWS_IN_FLOAT32 * x.shape[-1] or (x.dtype == torch.float32 and weight.numel() < SMALL_WEIGHT):
         return True
-    # Of one row twice as much, and in bfloat16 fewer rows of such a weight; with AMX not measured.
-    if product < 2 * SMALL_WEIGHT and (x.dtype == torch.float32 or has_vectors(x)):
+    # In bfloat16 this holds for a few rows of a small weight too; with AMX it was not measured.
+    if product < SMALL_ROW and (x.dtype == torch.float32 or has_vectors(x)):
         return True
     return not _takes_few_rows(x, weight, bias)
 
