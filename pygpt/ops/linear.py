@@ -111,7 +111,7 @@ def _takes_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def _has_fast_peer(x: Tensor, weight: Tensor) -> bool:
     """Whether F.linear is nearly as fast as what else multiplies x."""
     if x.dtype == torch.float32:
-        return has_vectors(x) and weight.numel() < LARGE_WEIGHT
+        return weight.numel() < LARGE_WEIGHT and _has_vectors()
     return not (has_vectors(x) or in_float32(x))
 
 
