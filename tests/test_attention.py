@@ -381,7 +381,11 @@ def test_dropout_follows_the_generator(capability):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 400, 431, 1, 64), (2, 300, 300, 3, 32), (1, 2, 3000, 2, 64)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 400, 431, 1, 64), (2, 300, 300, 3, 32), (1, 2, 3000, 2, 64), (1, 1, 250, 20, 64), (2, 4, 600, 5, 256)],
+    ids=str,
+)
 @pytest.mark.parametrize("documents", [False, True])
 def test_same_bits_for_any_number_of_threads(capability, documents, shape, dtype):
     # One head, six heads: with more threads than heads the work is divided differently; so are the rows of a decode.

@@ -20,6 +20,8 @@ CASES = [  # rows, rows of the cache, tokens, tokens in the cache, heads, C, bia
     (1, 1, 1, 0, 1, 1, True), (1, 1, 1, 37, 3, 48, True), (2, 5, 1, 70, 2, 64, False), (1, 1, 4, 5, 4, 96, True),
     (3, 3, 2, 9, 1, 17, True), (8, 8, 1, 20, 2, 130, True), (1, 2, 7, 0, 2, 66, False),
 ]  # fmt: skip
+if backends.extension is not None and backends.extension.multiplies_by_vectors():  # elsewhere these rows are not few
+    CASES.append((20, 20, 2, 30, 2, 64, True))
 LAYERS, COLUMNS, VOCABULARY = 3, 100, 11
 
 

@@ -53,6 +53,12 @@ def test_small_inputs_are_torchs(size, with_gradient, ours):
         assert kernels(lambda: torch.autograd.grad(ops.gelu(x).sum(), x) if with_gradient else ops.gelu(x)) == (
             expected if ours else set()
         )
+
+
+def test_small_inputs_of_other_strides_and_dtypes():
+    x = torch.randn(8, 8).t()
+    assert ops.gelu(x).is_contiguous()
+    assert_close(ops.gelu(x), gelu_reference(x.double()))
     with pytest.raises(InputTypeError, match="expected a floating-point tensor"):
         ops.gelu(torch.ones(3, dtype=torch.int64))
 

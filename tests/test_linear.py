@@ -262,17 +262,21 @@ FEW, MATRIX = {"linear_few_rows"}, {"matmul"}
 @pytest.mark.parametrize(
     ("dtype", "rows", "N", "K", "expected"),
     [
-        (torch.float32, 15, 383, 256, set()),  # a small weight
+        (torch.float32, 15, 256, 256, set()),  # a small weight
         (torch.float32, 1, 511, 256, set()),  # one row of a larger one
         (torch.float32, 1, 512, 256, FEW),
-        (torch.float32, 2, 384, 256, FEW),
-        (torch.float32, 47, 384, 256, FEW),
-        (torch.float32, 48, 384, 256, set()),  # F.linear is fast here
+        (torch.float32, 2, 257, 256, FEW),
+        (torch.float32, 47, 257, 256, FEW),
+        (torch.float32, 48, 257, 256, set()),  # F.linear is fast here
         (torch.float32, 48, 1024, 512, MATRIX),  # and here it is not
         (torch.float32, 48, 1023, 512, set()),
+        (torch.float32, 16, 1024, 512, FEW),  # but with gradients the product of matrices
+        (torch.float32, 15, 1024, 512, FEW),  # and here F.linear
         (torch.float32, 2048, 256, 512, MATRIX),
-        (torch.bfloat16, 1, 511, 256, set()),
-        (torch.bfloat16, 1, 512, 256, FEW),
+        (torch.bfloat16, 1, 255, 128, set()),
+        (torch.bfloat16, 1, 256, 128, FEW),
+        (torch.bfloat16, 7, 32, 128, set()),
+        (torch.bfloat16, 8, 32, 128, FEW),
         (torch.bfloat16, 15, 128, 128, FEW),
         (torch.bfloat16, 47, 128, 128, FEW),
         (torch.bfloat16, 48, 128, 128, set()),  # fewer than 1.5 million multiplications
@@ -288,6 +292,8 @@ def test_who_multiplies_with_avx2(dtype, rows, N, K, expected):
     try:
         with torch.no_grad():
             assert kernels(lambda: ops.linear(x, weight)) == expected
+        weight.requires_grad_()
+        assert is_ours(ops.linear(x, weight)) == (expected == MATRIX or (rows >= 16 and weight.numel() >= 1 << 19))
     finally:
         backends.extension.set_cpu_capability("")
 

@@ -206,7 +206,7 @@ void forward(const AttentionShape& shape, const ForwardInputs<T>& in, T* out, fl
 
 // What reading a key and a value for a head costs a thread, in operations: it waits for memory, not for arithmetic.
 constexpr double kOperationsPerElementRead = 128;
-constexpr int64_t kDecodeParts = 2;  // for each thread, at least where there are so many heads
+constexpr int64_t kDecodeItems = 2;  // for each thread, where there are heads enough
 
 template <class T>
 void decode(const AttentionShape& shape, const ForwardInputs<T>& in, T* out, float* lse, const Tensor& like) {
@@ -214,13 +214,14 @@ void decode(const AttentionShape& shape, const ForwardInputs<T>& in, T* out, flo
   const int64_t threads = threads_for(kOperationsPerElementRead * heads * shape.S * shape.D);
   // Groups of as many heads as the caches hold, but enough of them for every thread, of about the same size.
   const int64_t most = std::clamp<int64_t>(kDecodeElements / shape.D, 1, shape.H);
-  const int64_t wanted = std::max((shape.H + most - 1) / most, (kDecodeParts * threads + others - 1) / others);
+  const int64_t least = threads == 1 ? 1 : kDecodeItems * threads;
+  const int64_t wanted = std::max((shape.H + most - 1) / most, (least + others - 1) / others);
   const int64_t group = (shape.H + wanted - 1) / wanted, items = others * ((shape.H + group - 1) / group);
   Tensor space = workspace(like, heads * chunks * shape.decode_workspace());
   float* base = space.mutable_data_ptr<float>();
   const auto kernel = PYGPT_DISPATCH_PRODUCTS(attention_decode<T>);
   in_turn(items, std::min(items, threads), [&](int64_t, int64_t item) {
-    kernel(shape, in.q, in.k, in.v, base, group, item, item + 1);
+    kernel(shape, in.q, in.k, in.v, base, group, item);
   });
   PYGPT_DISPATCH_PRODUCTS(attention_decode_join<T>)(shape, base, out, lse);
 }

@@ -10,7 +10,7 @@ namespace pygpt {
 constexpr int64_t kAttentionBlock = 64;
 // With at most this many queries nothing is packed: keys and values are read once, as they lie.
 constexpr int64_t kDecodeQueries = 4;
-// Keys of one work item of that path, at most, and elements of a row of its heads.
+// Of a work item of that path, at most: keys, and elements that its heads have for each key.
 constexpr int64_t kDecodeKeys = 256, kDecodeElements = 1024;
 // Queries and keys that backward by AMX tiles takes together.
 constexpr int64_t kTileQueries = 256, kTileKeys = 256;
@@ -51,8 +51,7 @@ struct AttentionShape {
   int64_t key_blocks() const { return (S + kAttentionBlock - 1) / kAttentionBlock; }
   int64_t decode_chunks() const { return (S + kDecodeKeys - 1) / kDecodeKeys; }
   int64_t decode_keys() const {  // of a chunk: whole blocks, about as many in each
-    const int64_t blocks = (S + kAttentionBlock - 1) / kAttentionBlock;
-    return (blocks + decode_chunks() - 1) / decode_chunks() * kAttentionBlock;
+    return (key_blocks() + decode_chunks() - 1) / decode_chunks() * kAttentionBlock;
   }
   // The blocks of keys that a block of queries sees, wholly or in part: from the first, up to the end.
   int64_t first_key_block(int64_t head, int64_t query_block) const {
@@ -77,7 +76,7 @@ struct AttentionShape {
     return std::max(end, first_query_block(key_block));
   }
 
-  // Floats of workspace per thread, or per work item for decode: forward, backward, decode.
+  // Floats of workspace per thread: forward, backward; for decode, of each chunk of each head.
   int64_t forward_workspace() const {
     return (2 * key_blocks() + 2) * kAttentionBlock * width() + kAttentionBlock * (2 * (32 + 16) + 2) +
            (key_blocks() + 15) / 16 * 16;

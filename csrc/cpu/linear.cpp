@@ -1,4 +1,5 @@
-// linear of few rows, and the gradient of its bias, on the CPU: checks, threads and registration. The arithmetic is linear_kernel.h.
+// linear of few rows, with weights of 8 bits of any number, and the gradient of a bias, on the CPU: checks, threads and
+// registration. The arithmetic is linear_kernel.h, and of many rows matmul_vector.cpp.
 
 #include "cpu/matmul.h"
 #include "cpu/operators.h"
@@ -57,7 +58,7 @@ Tensor run(Tensor x, Tensor weight, const std::optional<Tensor>& scale, std::opt
     over_columns(in);
   } else {
     std::vector<float> converted;
-    if (rows >= kMatrixFrom && N && multiplies_by_vectors()) {
+    if (rows >= kMatrixFrom && N && K && multiplies_by_vectors()) {
       Workspace workspace(y);
       const VectorOut<T> to{rows, N, out, N, b ? as_float(b, N, converted) : nullptr};
       multiply_by_vectors<T, W>({in, {1, K}}, {w, {1, K}, s}, K, to, workspace);

@@ -57,7 +57,7 @@ void multiply_by_vectors(VectorOperand<T> left, VectorOperand<W> right, int64_t 
     out.sums = out.data, out.sums_stride = out.stride;
   else
     out.sums = own + workers * of_block, out.sums_stride = out.columns;
-  const auto pack = [&](bool of_left, int64_t k, int64_t from, int64_t to, int64_t here, float* at) {
+  const auto pack_part = [&](bool of_left, int64_t k, int64_t from, int64_t to, int64_t here, float* at) {
     if (of_left)
       PYGPT_DISPATCH(vector_pack<T>)(left.from(k, from), true, to - from, here, at);
     else
@@ -70,12 +70,12 @@ void multiply_by_vectors(VectorOperand<T> left, VectorOperand<W> right, int64_t 
     out.first = k == 0 && !begin_with_result, out.last = k + here == K;
     torch::stable::parallel_for(0, shared_panels, 1, [&](int64_t begin, int64_t end) {
       const int64_t from = begin * shared_size, to = std::min(shared_count, end * shared_size);
-      pack(!left_is_block, k, from, to, here, packed + from * here);
+      pack_part(!left_is_block, k, from, to, here, packed + from * here);
     });
     in_turn(items, workers, [&](int64_t worker, int64_t item) {
       const int64_t from = panels * item / items * size, to = std::min(count, panels * (item + 1) / items * size);
       float* block = own + worker * of_block;
-      pack(left_is_block, k, from, to, here, block);
+      pack_part(left_is_block, k, from, to, here, block);
       PYGPT_DISPATCH(vector_block<T>)(out, left_is_block, block, from, to, packed, here);
     });
   }

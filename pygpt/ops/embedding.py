@@ -13,9 +13,8 @@ from pygpt.ops import backends
 from pygpt.ops.autograd import differentiable, first_order
 from pygpt.ops.checks import check_device
 
-LARGE_TABLE = (
-    1 << 23
-)  # elements from which on torch, which writes zeros to all of the table's gradient, is the slower one
+# Elements from which on torch, which writes zeros to all of the table's gradient, is the slower one.
+LARGE_TABLE = 1 << 23
 backends.register("embedding", cpp=(torch.float32, torch.bfloat16), cuda=(torch.float32, torch.bfloat16, torch.float16))
 
 
@@ -43,7 +42,7 @@ def embedding(
     torch, because a check would make the host wait for the device.
 
     Without positions and gradients it is a plain gather, which is torch's own unless a backend is forced; with gradients as
-    well where the result has fewer than 262,144 elements of float32, and the table fewer than 8 million.
+    well where the result has fewer than 262,144 elements of float32, and the table fewer than 8,388,608.
     """
     if (
         position_table is None

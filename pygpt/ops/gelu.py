@@ -31,7 +31,7 @@ def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     check_floating("gelu", x, bias=bias)
     small = SMALL_WITH_GRADIENT if x.requires_grad and torch.is_grad_enabled() else SMALL
-    if bias is None and backends.automatic_on_cpu(x, small):
+    if bias is None and backends.automatic_on_cpu(x, small) and x.is_contiguous():  # F.gelu keeps other strides
         return gelu_reference(x)
     if bias is None and x.is_cuda and backends.forced() is None:
         return gelu_reference(x)  # by itself F.gelu runs at the memory's pace on GPUs, and is called faster

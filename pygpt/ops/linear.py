@@ -31,9 +31,9 @@ MANY_LOGITS, LOGITS_PER_ROW, MIN_WIDTH = 4096, 32, 384
 # Multiplications of a product below which a function of our own does not win back what it costs: where it is twice as fast
 # as F.linear or more, and where it is a little faster.
 SMALL_PRODUCT, SMALL_PRODUCT_OF_A_PEER = 3 << 19, 1 << 28
-# Elements of a weight below which the kernel for few rows does not win back what its call costs beyond F.linear's, and, of one
-# row, multiplications.
-SMALL_WEIGHT, SMALL_ROW = 3 << 15, 1 << 17
+# Elements of a weight of float32 up to which the kernel for few rows does not win back what its call costs beyond F.linear's,
+# and multiplications below which it does not either: one row's, in effect.
+SMALL_WEIGHT, SMALL_FEW_ROWS = 1 << 16, {torch.float32: 1 << 17, torch.bfloat16: 1 << 15}
 LARGE_WEIGHT = 1 << 19  # elements with which F.linear, in float32 with AVX2, is not fast whatever the rows
 MAX_ROWS_OF_TILES, TILE_STEP = 32, 32  # of the kernel for few rows by AMX tiles, which sums in steps
 MIN_ROWS = 16  # of a product for a library; what has fewer is a matter of memory bandwidth
@@ -50,10 +50,10 @@ backends.register("linear", cpp=(torch.float32, torch.bfloat16))
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias, as `F.linear`: x (..., K), weight (N, K), bias (N,) or None -> (..., N). Its errors too.
 
-    On the CPU a product of fewer than 1.5 million multiplications is F.linear itself, unless a backend is forced; where
-    F.linear itself is fast, one of fewer than 268 million: in bfloat16 with instructions for it, and in float32 with AVX2
-    alone and a weight of fewer than 524,288 elements. Not so few rows without gradients, which in float32 are F.linear's with
-    a weight of fewer than 98,304 elements, or one row of 131,072."""
+    On the CPU, unless a backend is forced, F.linear itself answers small products: of fewer than 1.5 million multiplications,
+    and where it is fast of fewer than 268 million, in bfloat16 with instructions for it, and in float32 with AVX2 alone and a
+    weight of fewer than 524,288 elements. Few rows without gradients are small where in float32 the weight has no more than
+    65,536 elements, and below 131,072 multiplications (32,768 in bfloat16 with AVX2 alone)."""
     if _is_small(x, weight, bias):
         return F.linear(x, weight, bias)
     if (
@@ -89,10 +89,10 @@ def _is_small(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if product >= SMALL_PRODUCT and (product >= SMALL_PRODUCT_OF_A_PEER or not _has_fast_peer(x, weight)):
         return False
     # Rows beyond what the kernel for few takes at any level: so it need not be asked.
-    if x.numel() >= MIN_ROWS_IN_FLOAT32 * x.shape[-1] or (x.dtype == torch.float32 and weight.numel() < SMALL_WEIGHT):
+    if x.numel() >= MIN_ROWS_IN_FLOAT32 * x.shape[-1] or (x.dtype == torch.float32 and weight.numel() <= SMALL_WEIGHT):
         return True
-    # In bfloat16 this holds for a few rows of a small weight too; with AMX it was not measured.
-    if product < SMALL_ROW and (x.dtype == torch.float32 or has_vectors(x)):
+    # In bfloat16 only measured with AVX2.
+    if product < SMALL_FEW_ROWS.get(x.dtype, 0) and (x.dtype == torch.float32 or has_vectors(x)):
         return True
     return not _takes_few_rows(x, weight, bias)
 

@@ -44,9 +44,10 @@ def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
     """x @ (weight * scale).T + bias for the results of `quantize_int8`, without gradients for weight and scale.
 
     x: (..., K), float32 or bfloat16 for the kernel, any floating point elsewhere. weight: int8 (N, K), scale: float32 (N,),
-    bias: (N,) of x's dtype, or None. Returns (..., N). From 16 rows on (64 where `linear` computes bfloat16 in float32), but
-    with AVX2 alone, and where gradients are wanted, the weights are converted to x's dtype and multiplied by the library. Under
-    autocast x and bias are cast first. Raises InputError for shapes and devices, InputTypeError for dtypes.
+    bias: (N,) of x's dtype, or None. Returns (..., N). The kernel takes fewer than 16 rows (64 where `linear` computes bfloat16
+    in float32), and with AVX2 alone any number; for more, and where gradients are wanted, the weights are converted to x's
+    dtype and multiplied by `linear`. Under autocast x and bias are cast first. Raises InputError for shapes and devices,
+    InputTypeError for dtypes.
     """
     if backends.is_autocast(x):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -68,7 +69,7 @@ def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
         )
     check_device("linear_int8", x, weight=weight, scale=scale, bias=bias)
     with_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    takes_rows = has_few_rows(x) or (x.numel() > 0 and has_vectors(x))
+    takes_rows = x.numel() > 0 if has_vectors(x) else has_few_rows(x)
     if backends.choose("linear_int8", x) == "eager" or with_grad or not takes_rows:
         return linear_int8_reference(x, weight, scale, bias)
     return torch.ops.pygpt.linear_int8.default(x, weight, scale, bias)
