@@ -34,10 +34,10 @@ def test_every_configuration(op: str, arch: int):
         assert cubin["shared"] <= SHARED_LIMIT[arch], f"too much shared memory: {cubin}"
         # On sm_100 the products are the instructions of another unit, where tiles are large enough for it.
         if cubin["kernel"].startswith("_attention") and arch != 100:
-            assert cubin["hmma"] + cubin["hgmma"] > 0, f"no tensor-core instruction: {cubin}"
+            assert cubin["mma"] + cubin["wgmma"] > 0, f"no tensor-core instruction: {cubin}"
             # Hopper's own instruction wherever tiles are large enough for it: 64 rows, 16-bit operands.
             if arch == 90 and "float32" not in cubin["operands"] and cubin["rows"] >= 64:
-                assert cubin["hgmma"] > 0, f"not on the warpgroup tensor cores: {cubin}"
+                assert cubin["wgmma"] > 0, f"not on the warpgroup tensor cores: {cubin}"
 
 
 def compiled(op: str, arch: int) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Compiles what the Triton kernels' host functions would launch, with no GPU, and reads the machine code.
+"""Compiles what the Triton kernels' host functions would launch, with no GPU, and reads what came of it.
 
 A program for a process of its own: `python tests/triton_cubins.py layer_norm 90` prints JSON. It puts a stand-in
 driver under Triton that names a target and never launches, calls the host functions with meta tensors, and collects
@@ -49,8 +49,8 @@ class Cubin:
     registers: int
     spills: int  # bytes of local memory
     shared: int  # bytes
-    hmma: int  # tensor-core instructions of a warp
-    hgmma: int  # those of a warpgroup, Hopper's
+    mma: int  # tensor-core instructions of a warp, in PTX: the machine's own take as long to disassemble as to compile
+    wgmma: int  # those of a warpgroup, Hopper's
     operands: str  # dtype of the first argument: attention's products are of such values
     rows: int  # of attention's products: queries, or keys where a kernel's tiles are (keys, queries); else 0
 
@@ -69,20 +69,18 @@ class StandInDriver:
 
 
 @functools.cache
-def read_cubin(cubin: bytes) -> tuple[int, int, int, int]:
-    """Registers a thread, bytes of local memory a thread, HMMA and HGMMA instructions."""
+def read_cubin(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread, bytes of local memory a thread."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = subprocess.run(
             [TOOLS / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-        sass = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack, local = (re.search(rf"{name}:(\d+)", usage) for name in ("REG", "STACK", "LOCAL"))
     if not (registers and stack and local):
         raise RuntimeError(f"cuobjdump printed something else than expected: {usage}")
-    spills = int(stack[1]) + int(local[1])
-    return int(registers[1]), spills, len(re.findall(r"\bHMMA\.", sass)), len(re.findall(r"\bHGMMA\.", sass))
+    return int(registers[1]), int(stack[1]) + int(local[1])
 
 
 def collect(cases: Callable[[], Iterator[tuple[str, Callable[[], Any]]]], arch: int) -> list[Cubin]:
@@ -96,9 +94,10 @@ def collect(cases: Callable[[], Iterator[tuple[str, Callable[[], Any]]]], arch: 
         constants = {k: v for k, v in options.items() if k != "enable_fp_fusion"}
         dtypes = [str(a.dtype).removeprefix("torch.") for a in args if hasattr(a, "dtype")]
         key = (self.__name__, device.assumed_architecture, f"{constants} {sorted(set(dtypes))}")
-        registers, spills, hmma, hgmma = read_cubin(compiled.asm["cubin"])
+        registers, spills = read_cubin(compiled.asm["cubin"])
+        mma, wgmma = (compiled.asm["ptx"].count(name) for name in ("mma.sync.", "wgmma.mma_async."))
         rows = options.get("KEYS" if self.__name__ == "_attention_grad_kv_kernel" else "QUERIES", 0)
-        cubin = Cubin(*key[:2], case, key[2], registers, spills, compiled.metadata.shared, hmma, hgmma, dtypes[0], rows)
+        cubin = Cubin(*key[:2], case, key[2], registers, spills, compiled.metadata.shared, mma, wgmma, dtypes[0], rows)
         if key not in found or found[key].spills < spills:
             found[key] = cubin
         return compiled
