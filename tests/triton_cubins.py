@@ -49,7 +49,7 @@ class Cubin:
     registers: int
     spills: int  # bytes of local memory
     shared: int  # bytes
-    mma: int  # tensor-core instructions of a warp, in PTX: the machine's own take as long to disassemble as to compile
+    mma: int  # tensor-core instructions of a warp, in PTX: to disassemble the machine's own took a quarter of the time
     wgmma: int  # those of a warpgroup, Hopper's
     operands: str  # dtype of the first argument: attention's products are of such values
     rows: int  # of attention's products: queries, or keys where a kernel's tiles are (keys, queries); else 0

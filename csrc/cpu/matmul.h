@@ -109,7 +109,7 @@ struct MatmulTile {
 // Of the strides of its elements one is 1; of int8 that along the summed dimension, and each column has a scale.
 template <class T>
 struct VectorOperand {
-  VectorOperand from(int64_t k, int64_t free) const {
+  VectorOperand at(int64_t k, int64_t free) const {
     return {data + k * strides.k + free * strides.free, strides, scale ? scale + free : nullptr};
   }
 

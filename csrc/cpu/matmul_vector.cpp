@@ -31,12 +31,12 @@ void multiply_by_vectors(VectorOperand<T> left, VectorOperand<W> right, int64_t 
     if (out.rows >= out.columns) {
       out.rows /= 2, second.rows -= out.rows, second.data += out.rows * out.stride;
       multiply_by_vectors(left, right, K, out, workspace);
-      return multiply_by_vectors(left.from(0, out.rows), right, K, second, workspace);
+      return multiply_by_vectors(left.at(0, out.rows), right, K, second, workspace);
     }
     out.columns /= 2, second.columns -= out.columns, second.data += out.columns;
     if (out.bias) second.bias += out.columns;
     multiply_by_vectors(left, right, K, out, workspace);
-    return multiply_by_vectors(left, right.from(0, out.columns), K, second, workspace);
+    return multiply_by_vectors(left, right.at(0, out.columns), K, second, workspace);
   }
 
   // The smaller operand is shared.
@@ -59,9 +59,9 @@ void multiply_by_vectors(VectorOperand<T> left, VectorOperand<W> right, int64_t 
     out.sums = own + workers * of_block, out.sums_stride = out.columns;
   const auto pack_part = [&](bool of_left, int64_t k, int64_t from, int64_t to, int64_t here, float* at) {
     if (of_left)
-      PYGPT_DISPATCH(vector_pack<T>)(left.from(k, from), true, to - from, here, at);
+      PYGPT_DISPATCH(vector_pack<T>)(left.at(k, from), true, to - from, here, at);
     else
-      PYGPT_DISPATCH(vector_pack<W>)(right.from(k, from), false, to - from, here, at);
+      PYGPT_DISPATCH(vector_pack<W>)(right.at(k, from), false, to - from, here, at);
   };
   const bool begin_with_result = in_place && out.add;
   if (in_place) out.add = false;

@@ -56,7 +56,7 @@ PYGPT_INLINE void pack_panel_across(const T* from, int64_t stride, int64_t count
 template <int P, class T>
 static void pack_panels(const VectorOperand<T>& from, int64_t count, int64_t k, float* to) {
   if (from.strides.k == 1) {
-    for (int64_t c = 0; c < count; c += P) pack_panel_along<P>(from.from(0, c), count - c, k, to + c * k);
+    for (int64_t c = 0; c < count; c += P) pack_panel_along<P>(from.at(0, c), count - c, k, to + c * k);
   } else {
     for (int64_t i = 0; i < k; i += kPackedRows)
       for (int64_t c = 0; c < count; c += P)
